@@ -1,0 +1,178 @@
+"""Render the results in benchmarks/results/ as Markdown and an SVG plot of the ratios.
+
+Run: python benchmarks/report.py [--results DIR] [--out DIR] [--short]
+
+`--short` first measures: ops and imports with few rounds, in less than two minutes, for CI. The
+newest result of each kind, device and dtype is shown. Every case is listed, losses too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.machine import RESULTS
+from benchmarks.ratio_plot import ratio_plot
+
+Result = dict[str, object]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="report", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--out", type=Path, help="folder of report.md and ratios.svg; default: --results"
+    )
+    parser.add_argument("--short", action="store_true", help="measure quickly, and report that")
+    args = parser.parse_args(argv)
+    out = args.out or args.results
+    status = 0
+    if args.short:
+        with tempfile.TemporaryDirectory() as folder:
+            status = measure_short(Path(folder))
+            results = load(Path(folder))
+    else:
+        results = load(args.results)
+    if not results:
+        print(
+            f"report: --results must hold JSON results, found none in {args.results}",
+            file=sys.stderr,
+        )
+        return 2
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.md").write_text(render(results))
+    (out / "ratios.svg").write_text(ratio_plot(ratio_bars(results)))
+    print(f"{out / 'report.md'}\n{out / 'ratios.svg'}")
+    return status
+
+
+def measure_short(folder: Path) -> int:
+    from benchmarks import ops, startup  # only here: rendering needs no op
+
+    wrong = ops.main(["--quick", "--json", str(folder / "ops.json")])
+    startup.main(["--quick", "--json", str(folder / "startup.json")])
+    return wrong
+
+
+def load(folder: Path) -> list[Result]:
+    """The newest result of each kind, device and dtype, in a fixed order."""
+    newest: dict[tuple[str, ...], Result] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        settings = result.get("settings", {})
+        key = (result["kind"], settings.get("device", ""), settings.get("dtype", ""))
+        if key not in newest or result["date"] >= newest[key]["date"]:
+            newest[key] = result
+    return [newest[key] for key in sorted(newest)]
+
+
+def render(results: list[Result]) -> str:
+    """The whole report as Markdown."""
+    sections = {"ops": ops_section, "startup": startup_section, "kernels": kernels_section}
+    parts = ["# clipflow benchmarks\n", "![ratios](ratios.svg)\n"]
+    for result in results:
+        parts += [heading(result), sections[result["kind"]](result)]
+    return "\n".join(parts)
+
+
+def heading(result: Result) -> str:
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items())
+    return (
+        f"## {result['kind']}, {result['date']}\n\n"
+        f"`{result['command']}` on {machine['cpu']} ({machine['cores']} cores, "
+        f"{machine['threads']} threads, {machine['instruction_set']}, load {machine['load']}), GPU "
+        f"{machine['gpu'] or 'none'}; {versions}; commit {machine['commit'] or 'unknown'}.\n"
+    )
+
+
+def ops_section(result: Result) -> str:
+    settings, limits = result["settings"], result["ceilings"]
+    lines = [
+        f"{settings['device']}, {settings['dtype']}, {settings['rounds']} rounds. Ceilings of this "
+        f"run: copy {limits['copy_gb_per_s']:.1f} GB/s, GEMM {limits['gemm_gflop_per_s']:.0f} "
+        "GFLOP/s. Ratios are the peer's time over ours, with a 95 % interval; *cpu* is the same in "
+        "processor time.\n"
+    ]
+    lines += [f"**Wrong, not timed:** {line}\n" for line in result["wrong"]]
+    lines += summary_table(result["summaries"])
+    header = ("op", "case", "backend", "us", "cpu us", "GB/s", "of copy")
+    header += ("x eager", "cpu", "x Inductor", "cpu")
+    rows = []
+    for row in result["rows"]:
+        times = [f"{row['wall_us']:.1f}", f"{row['cpu_us']:.1f}", f"{row['gb_per_s']:.2f}"]
+        ratios = []
+        for peer in ("eager", "inductor"):
+            ratios.append(ratio_text(row["times_faster_than"].get(peer)))
+            ratios.append(ratio_text(row["times_less_cpu_than"].get(peer)))
+        share = f"{row['share_of_copy']:.0%}"
+        rows.append((row["op"], row["case"], row["backend"], *times, share, *ratios))
+    lines += table(header, rows)
+    host = [(h["op"], h["case"], h["backend"], f"{h['us']:.1f}") for h in result["host"]]
+    lines += ["Host overhead of one call over an empty Python call:\n"]
+    lines += table(("op", "case", "backend", "us"), host)
+    return "\n".join(lines)
+
+
+def summary_table(summaries: list[Result]) -> list[str]:
+    rows = [
+        (s["op"], s["backend"], s["peer"], f"{s['geomean']:.2f}", f"{s['worst']:.2f}",
+         s["worst_case"], ", ".join(s["losses"]) or "none")
+        for s in summaries
+    ]  # fmt: skip
+    return table(("op", "backend", "peer", "geomean", "worst", "worst case", "losses"), rows)
+
+
+def startup_section(result: Result) -> str:
+    rows = []
+    for row in result["rows"]:
+        if "failed" in row:
+            rows.append((row["name"], "failed: " + row["failed"], "", "no"))
+        else:
+            value, bar = (f"{row[key]:.2f} {row['unit']}" for key in ("value", "bar"))
+            rows.append((row["name"], value, bar, "yes" if row["met"] else "**no**"))
+    return "\n".join(table(("what", "measured", "at most", "met"), rows))
+
+
+def kernels_section(result: Result) -> str:
+    rows = [
+        (r["compiler"], f"`{r['kernel']}`", r["arch"], str(r["registers"]), str(r["spilled_bytes"]),
+         str(r["shared_bytes"]), f"{r['occupancy']:.0%}")
+        for r in result["rows"]
+    ]  # fmt: skip
+    header = ("compiler", "kernel", "arch", "registers", "spilled B", "shared B", "occupancy")
+    return "\n".join(table(header, rows))
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    lines = [" | ".join(header), " | ".join("---" for _ in header)]
+    lines += [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
+    return [f"| {line} |" for line in lines] + [""]
+
+
+def ratio_text(ratio: dict[str, float] | None) -> str:
+    if ratio is None:
+        return ""
+    text = f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    return f"**{text}**" if ratio["value"] < 1 else text
+
+
+def ratio_bars(results: list[Result]) -> list[tuple[str, dict[str, float]]]:
+    """Label and ratio of every case of ours against every peer."""
+    return [
+        (f"{row['op']} {row['case']}, {row['backend']} / {peer}", ratio)
+        for result in results
+        if result["kind"] == "ops"
+        for row in result["rows"]
+        if row["backend"] not in ("eager", "inductor")
+        for peer, ratio in row["times_faster_than"].items()
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

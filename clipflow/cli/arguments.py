@@ -1,0 +1,168 @@
+"""Parsing shared by the commands: one-line errors, checked values, model and sampling options."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import torch
+
+    from clipflow.pipelines import CLIPFlowPipeline
+
+DTYPES = ("float32", "bfloat16", "float16")
+SOLVERS = ("dpmpp_2m", "euler", "heun")
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong; torch need not be loaded to say so."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of descriptions, and one line for each command."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose complaint is one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def add_command(
+    commands: argparse._SubParsersAction, name: str, summary: str, example: str
+) -> argparse.ArgumentParser:
+    """Add a subcommand with its line in the overview and an example below its own help."""
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=HelpFormatter,
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --device, --dtype, --download."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", default="scenes", metavar="NAME", help="scenes (default), or a model folder"
+    )
+    group.add_argument(
+        "--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1"
+    )
+    group.add_argument("--dtype", default="float32", choices=DTYPES, help="default: float32")
+    group.add_argument(
+        "--download", action="store_true", help="let --model name a model on the Hugging Face hub"
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """--steps, --guidance, --solver, --seed, --num-images."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--steps", type=steps, help="solver steps (default: the model's, 20)")
+    group.add_argument(
+        "--guidance",
+        type=guidance,
+        help="how strictly to follow the text; 1 is off (default: the model's)",
+    )
+    group.add_argument("--solver", choices=SOLVERS, help="default: dpmpp_2m")
+    group.add_argument("--seed", type=seed, help="of the first picture; the next ones count up")
+    group.add_argument(
+        "--num-images", type=at_least_one, default=1, metavar="N", help="pictures of each text"
+    )
+
+
+def load_pipeline(args: argparse.Namespace) -> CLIPFlowPipeline:
+    """The pipeline that the model options name."""
+    import torch
+
+    from clipflow.pipelines import model_folders
+
+    device = chosen_device(args.device)
+    folder = model_folders.find_model(args.model, local_files_only=not args.download)
+    from clipflow.pipelines import CLIPFlowPipeline  # slow, so after all that may be refused
+
+    pipe = CLIPFlowPipeline.from_pretrained(folder, device=device, dtype=getattr(torch, args.dtype))
+    pipe.set_progress_bar_config(disable=None)  # shown on a terminal, not in a log
+    return pipe
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device called `name`.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from error
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(f"--device {name}: there are {count} GPUs here")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    return device
+
+
+def text(value: str) -> str:
+    """A text that says something."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return value
+
+
+def steps(value: str) -> int:
+    """A number of solver steps."""
+    return _whole(value, 1, 1000)
+
+
+def seed(value: str) -> int:
+    """A seed, with room to count up from it."""
+    return _whole(value, 0, 2**62)
+
+
+def at_least_one(value: str) -> int:
+    """A count."""
+    return _whole(value, 1, 10**6)
+
+
+def guidance(value: str) -> float:
+    """A guidance scale."""
+    return _number(value, "a number of at least 0", lambda number: number >= 0)
+
+
+def positive(value: str) -> float:
+    """A number above 0."""
+    return _number(value, "a number above 0", lambda number: number > 0)
+
+
+def _number(value: str, wanted: str, accepts) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or not accepts(number):
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {value!r}")
+    return number
+
+
+def _whole(value: str, low: int, high: int) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = low - 1
+    if not low <= number <= high:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from {low} to {high}, got {value!r}"
+        )
+    return number

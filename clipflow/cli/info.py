@@ -1,0 +1,87 @@
+"""`clipflow info`: what a model is, without loading its weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipflow.cli.arguments import add_command
+
+if TYPE_CHECKING:
+    from clipflow.models.unilip import UniLIPConfig
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# These stay float32 in every dtype.
+ALWAYS_WIDE = ("clip_down", "decoder")
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
+        "info",
+        "show a model's architecture, parameters and memory",
+        "clipflow info scenes",
+    )
+    parser.add_argument("model", metavar="MODEL", help="scenes, or a model folder")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from clipflow.pipelines.model_folders import find_model
+
+    folder = find_model(args.model)
+    from clipflow.pipelines.loading import read_unilip_folder  # slow; the name is right by now
+
+    facts = collect(folder, read_unilip_folder(folder))
+    print(json.dumps(facts, indent=2) if args.json else format_facts(facts))
+    return 0
+
+
+def collect(folder: Path, config: UniLIPConfig) -> dict[str, object]:
+    """Architecture, parameters by part and bytes by dtype."""
+    from clipflow.models.unilip.sizes import parameter_counts
+
+    counts = parameter_counts(config)
+    wide = sum(counts[part] for part in ALWAYS_WIDE)
+    rest = sum(counts.values()) - wide
+    return {
+        "folder": str(folder),
+        "architecture": _architecture(config),
+        "parameters": counts,
+        "total": sum(counts.values()),
+        "weight_bytes": {name: rest * size + wide * 4 for name, size in BYTES.items()},
+        "file_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+    }
+
+
+def format_facts(facts: dict) -> str:
+    lines = [f"model   {facts['folder']}", "", "architecture"]
+    lines += [f"  {part:<16}{text}" for part, text in facts["architecture"].items()]
+    lines += ["", "parameters"]
+    lines += [f"  {part:<16}{count:>15,}" for part, count in facts["parameters"].items()]
+    lines += [f"  {'total':<16}{facts['total']:>15,}", "", "memory for weights (decoder float32)"]
+    lines += [
+        f"  {name:<16}{size / 2**20:>11,.1f} MiB" for name, size in facts["weight_bytes"].items()
+    ]
+    lines += [f"  {'files':<16}{facts['file_bytes'] / 2**20:>11,.1f} MiB"]
+    return "\n".join(lines)
+
+
+def _architecture(config: UniLIPConfig) -> dict[str, str]:
+    vision, text, dit, decoder = config.vision, config.text, config.dit, config.decoder
+    side = config.latent_side
+    return {
+        "vision tower": f"InternViT, {vision.num_hidden_layers} layers, {vision.hidden_size} wide, "
+        f"{vision.image_size} px in patches of {vision.patch_size} -> {side * side} tokens",
+        "language model": f"Qwen2, {text.num_hidden_layers} layers, {text.hidden_size} wide, "
+        f"{text.num_attention_heads}/{text.num_key_value_heads} heads, {text.vocab_size} words",
+        "queries": f"{config.n_query}",
+        "connector": f"{config.connect_layer} layers, bidirectional",
+        "DiT": f"SANA, {dit.num_layers} blocks, {dit.hidden_size} wide, {side * side} tokens",
+        "latents": f"{decoder.latent_channels} x {side} x {side}, factor {config.unilip_factor}",
+        "decoder": f"DC-AE, {side * decoder.upscale} px, shown at {config.output_size} px",
+        "guidance": f"{config.default_guidance_scale} by default, flow shift {config.flow_shift}",
+    }

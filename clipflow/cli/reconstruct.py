@@ -1,0 +1,37 @@
+"""`clipflow reconstruct`: a picture drawn again from its CLIP features."""
+
+from __future__ import annotations
+
+import argparse
+
+from clipflow.cli.arguments import add_command, add_model_options, load_pipeline
+
+
+def add_to(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
+        "reconstruct",
+        "draw a picture again from its features, with PSNR and SSIM",
+        "clipflow reconstruct in.png -o again.png",
+    )
+    parser.add_argument("image", metavar="IMAGE", help="a picture file")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="a picture file")
+    add_model_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from PIL import Image
+
+    from clipflow.cli.pictures import plan_file
+    from clipflow.pipelines.image_io import load_image, save_image
+    from clipflow.pipelines.quality import psnr, ssim
+
+    image = load_image(args.image)
+    path = plan_file(args.output)
+    pipe = load_pipeline(args)
+    (again,) = pipe.reconstruct(image).images
+    save_image(again, path)
+    seen = pipe.image_processor.resize(image).resize(again.size, Image.Resampling.BICUBIC)
+    print(f"{path}  PSNR {psnr(seen, again):.2f} dB  SSIM {ssim(seen, again):.4f}")
+    return 0

@@ -1,0 +1,1 @@
+"""Scores of a model, through the calls that anybody makes."""

@@ -1,0 +1,1 @@
+"""Diffusion transformers built from `clipflow.nn`."""

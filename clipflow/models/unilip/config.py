@@ -1,0 +1,184 @@
+"""Configuration of a UniLIP model: every size is explicit, nothing has a hidden default."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from clipflow.models.dits.sana import SanaConfig
+from clipflow.models.unilip.parsing import build
+
+MODEL_TYPE = "clipflow_unilip"
+DECODER_BLOCKS = ("ResBlock", "EfficientViTBlock")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """InternViT. `shuffle` x `shuffle` patches are folded into one feature (pixel shuffle)."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    image_size: int
+    patch_size: int
+    shuffle: int
+    layer_norm_eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Qwen2 language model; the connector's layers have the same sizes."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rope_theta: float
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """DC-AE decoder; stages go from the largest picture to the smallest, as in diffusers."""
+
+    latent_channels: int
+    attention_head_dim: int
+    block_types: tuple[str, ...]
+    block_out_channels: tuple[int, ...]
+    layers_per_block: tuple[int, ...]
+    qkv_multiscales: tuple[tuple[int, ...], ...]
+
+    @property
+    def upscale(self) -> int:
+        """Picture pixels per latent cell and axis."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenIds:
+    """Ids of the special tokens; `im_end` is -1 where the vocabulary has no such token."""
+
+    pad: int
+    img_start: int
+    img_end: int
+    img_context: int
+    im_end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniLIPConfig:
+    """A whole model.
+
+    `output_size` is the side of the pictures handed to the user (the decoder's are resized to it);
+    `system_message` begins every understanding prompt when it is not empty.
+
+    Raises:
+        ValueError: sizes that do not fit together; one error names them all.
+    """
+
+    vision: VisionConfig
+    text: TextConfig
+    dit: SanaConfig
+    decoder: DecoderConfig
+    tokens: TokenIds
+    n_query: int
+    connect_layer: int
+    unilip_factor: float
+    flow_shift: float
+    output_size: int
+    default_guidance_scale: float
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    system_message: str
+
+    def __post_init__(self) -> None:
+        problems = [text for text, wrong in _rules(self) if wrong]
+        if problems:
+            raise ValueError("unilip config: " + "; ".join(problems))
+
+    @property
+    def image_size(self) -> int:
+        return self.vision.image_size
+
+    @property
+    def latent_side(self) -> int:
+        """Side of the latent grid: one cell for each feature."""
+        return self.vision.image_size // (self.vision.shuffle * self.vision.patch_size)
+
+    def to_dict(self) -> dict:
+        """Plain JSON values."""
+        return {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> UniLIPConfig:
+        """The configuration that `to_dict` wrote; lists become tuples.
+
+        Raises:
+            ValueError: unknown or missing keys, values of a wrong type, another model type; one
+                error names them all.
+        """
+        values = dict(values)
+        found = values.pop("model_type", None)
+        if found != MODEL_TYPE:
+            raise ValueError(f"unilip config: model_type must be {MODEL_TYPE!r}, got {found!r}")
+        return build(cls, values, "unilip config")
+
+
+def _rules(config: UniLIPConfig) -> list[tuple[str, bool]]:
+    """What must fit together: (what is wanted and what was found, whether it is violated)."""
+    vision, text, dit, decoder = config.vision, config.text, config.dit, config.decoder
+    stages = len(decoder.block_out_channels)
+    lengths = [
+        len(decoder.block_types),
+        len(decoder.layers_per_block),
+        len(decoder.qkv_multiscales),
+    ]
+    blocks = sorted(set(decoder.block_types) - set(DECODER_BLOCKS))
+    channels = [dit.in_channels, dit.out_channels]
+    special = dataclasses.asdict(config.tokens)
+    outside = {k: v for k, v in special.items() if not -1 <= v < text.vocab_size}
+    return [
+        *_positive(config),
+        _multiple("vision.image_size", vision.image_size, vision.shuffle * vision.patch_size),
+        _multiple("vision.hidden_size", vision.hidden_size, vision.num_attention_heads),
+        _multiple("text.hidden_size", text.hidden_size, text.num_attention_heads),
+        _multiple("text.num_attention_heads", text.num_attention_heads, text.num_key_value_heads),
+        _multiple("dit width", dit.hidden_size, 4),
+        (
+            f"dit in and out channels must be {decoder.latent_channels} as latents, got {channels}",
+            channels != [decoder.latent_channels] * 2,
+        ),
+        (
+            f"decoder lists must have {stages} entries as block_out_channels, got {lengths}",
+            lengths != [stages] * 3,
+        ),
+        (f"decoder.block_types must be of {list(DECODER_BLOCKS)}, got {blocks}", bool(blocks)),
+        (f"tokens must be below vocab_size {text.vocab_size}, got {outside}", bool(outside)),
+    ]
+
+
+def _positive(config: UniLIPConfig) -> list[tuple[str, bool]]:
+    """Every number of the parts, and the scalars of the model, must be above zero."""
+    numbers = {
+        f"{part}.{name}": value
+        for part in ("vision", "text", "dit", "decoder")
+        for name, value in dataclasses.asdict(getattr(config, part)).items()
+    }
+    for name in ("n_query", "connect_layer", "unilip_factor", "flow_shift", "output_size"):
+        numbers[name] = getattr(config, name)
+    numbers |= {f"image_std[{i}]": value for i, value in enumerate(config.image_std)}
+    return [
+        (f"{name} must be above 0, got {value}", value <= 0)
+        for name, value in numbers.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+
+
+def _multiple(name: str, value: int, of: int) -> tuple[str, bool]:
+    return (f"{name} must be a multiple of {of}, got {value}", of > 0 and value % of != 0)

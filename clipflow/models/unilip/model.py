@@ -1,0 +1,189 @@
+"""UniLIP: one model that sees (vision tower + LM), and draws (LM + connector + DiT + decoder).
+
+Data flow, specs of UniLIP section 1:
+
+    understanding   pixels -> features -> written into the prompt -> LM -> logits
+    condition       prompt (+ features) + learned queries -> LM -> connector -> projector
+    generation      noise, condition -> DiT, solver -> latents / unilip_factor -> decoder -> pixels
+    reconstruction  pixels -> features -> clip_down -> decoder -> pixels
+"""
+
+# Shape suffixes: B = batch, T = prompt tokens, Q = queries, L = T + Q, N = image tokens, H = LM
+# width, C = latent channels, V = vocabulary.
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Qwen2Config, Qwen2Model
+
+from clipflow.errors import ShapeError
+from clipflow.models.dits.sana import SanaTransformer
+from clipflow.models.unilip import checkpoint
+from clipflow.models.unilip.config import TextConfig, UniLIPConfig
+from clipflow.models.unilip.connector import Connector
+from clipflow.models.unilip.loading import load_model
+from clipflow.models.unilip.pixel_decoder import PixelDecoder
+from clipflow.models.unilip.vision import VisionTower, make_projector, pixel_shuffle
+
+
+class Condition(NamedTuple):
+    """What the DiT attends to: `hidden` [B, L, caption_channels] and `mask` [B, L] bool."""
+
+    hidden: Tensor
+    mask: Tensor
+
+
+class UniLIPModel(nn.Module):
+    """All parts of a UniLIP checkpoint, under the reference's parameter names (less "model.")."""
+
+    def __init__(self, config: UniLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        H = config.text.hidden_size
+        text = _qwen2_config(config.text)
+        self.vision_tower = VisionTower(config.vision)
+        self.multi_modal_projector = make_projector(config.vision, H)
+        self.language_model = Qwen2Model(text)
+        tied = config.text.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(H, config.text.vocab_size, bias=False)
+        self.latent_queries = nn.Parameter(torch.randn(1, config.n_query, H) * H**-0.5)
+        self.llm_connector = Connector(text, config.connect_layer)
+        self.projector = nn.Linear(H, config.dit.caption_channels)
+        self.dit = SanaTransformer(config.dit)
+        self.vae_decoder = PixelDecoder(config.decoder, H)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of one native-size picture."""
+        side = self.config.latent_side
+        return (self.config.decoder.latent_channels, side, side)
+
+    def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "2GB") -> None:
+        """Write config.json and safetensors; see `checkpoint.save_folder` for what it promises."""
+        checkpoint.save_folder(
+            directory, self.config.to_dict(), self.state_dict(), max_shard_size=max_shard_size
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> UniLIPModel:
+        """The model in `directory`, ours or a published one, in evaluation mode.
+
+        Args:
+            directory: written by `save_pretrained`, or a UniLIP checkpoint in safetensors.
+            dtype: of all parameters; as stored when not given. The rotary tables stay float32.
+            device: where the parameters go.
+
+        Raises:
+            FileNotFoundError: no such folder, or no config.json or weights in it.
+            ValueError: a damaged file, or other keys or shapes than the model's.
+        """
+        return load_model(cls, directory, dtype=dtype, device=device)
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """CLIP features [B, N, H] of `pixel_values` [B, 3, S, S] (normalized by mean and std)."""
+        patches = self.vision_tower(pixel_values)[:, 1:]
+        return self.multi_modal_projector(pixel_shuffle(patches, self.config.vision.shuffle))
+
+    def clip_down(self, features: Tensor) -> Tensor:
+        """Latents [B, C, h, w] of `features` [B, N, H]; multiply by `unilip_factor` to train."""
+        return self.vae_decoder.clip_down(features)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [B, 3, S', S'] in about [-1, 1]; divide sampled latents by `unilip_factor`."""
+        return self.vae_decoder.decode(latents)
+
+    def embed_prompt(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
+        """Token embeddings [B, T, H] with the image features written at the image positions.
+
+        Raises:
+            ShapeError: the prompt has not as many image positions as there are features.
+        """
+        embeddings = self.language_model.embed_tokens(input_ids)
+        if image_features is None:
+            return embeddings
+        return self._write_images(embeddings, input_ids, image_features)
+
+    def encode_condition(
+        self, input_ids: Tensor, attention_mask: Tensor, image_features: Tensor | None = None
+    ) -> Condition:
+        """The dual condition: prompt, image and queries through the LM and the connector.
+
+        The connector reads the raw image features where the LM read them: the LM's own hidden
+        states at those positions are thrown away (specs section 1c).
+
+        Args:
+            input_ids: [B, T], padded on either side.
+            attention_mask: [B, T], 1 where a token is real.
+            image_features: [B, N, H] for editing; None for text to image.
+        """
+        embeddings = self.embed_prompt(input_ids, image_features)
+        queries = self.latent_queries.expand(len(input_ids), -1, -1).to(embeddings.dtype)
+        mask = F.pad(attention_mask, (0, queries.shape[1]), value=1)
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        hidden = self.language_model(
+            inputs_embeds=torch.cat([embeddings, queries], dim=1),
+            attention_mask=mask,
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        if image_features is not None:
+            text = self._write_images(hidden[:, : input_ids.shape[1]], input_ids, image_features)
+            hidden = torch.cat([text, hidden[:, input_ids.shape[1] :]], dim=1)
+        hidden = self.llm_connector(hidden, mask, position_ids)
+        return Condition(self.projector(hidden), mask.bool())
+
+    def logits(
+        self, input_ids: Tensor, attention_mask: Tensor, image_features: Tensor | None = None
+    ) -> Tensor:
+        """Next-token logits [B, T, V] of a prompt, with images or without."""
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        hidden = self.language_model(
+            inputs_embeds=self.embed_prompt(input_ids, image_features),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        return self.head(hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of the LM's final hidden states [..., H]."""
+        weight = self.language_model.embed_tokens.weight if self.lm_head is None else None
+        return self.lm_head(hidden) if weight is None else F.linear(hidden, weight)
+
+    def _write_images(self, target: Tensor, input_ids: Tensor, features: Tensor) -> Tensor:
+        places = input_ids == self.config.tokens.img_context
+        wanted = features.shape[0] * features.shape[1]
+        if not torch.compiler.is_compiling() and int(places.sum()) != wanted:
+            raise ShapeError(
+                f"unilip: the prompts must have {wanted} image positions for image_features "
+                f"{list(features.shape)}, got {int(places.sum())}"
+            )
+        places = places.unsqueeze(-1).expand_as(target)
+        return target.masked_scatter(places, features.to(target.dtype))
+
+
+def _qwen2_config(config: TextConfig) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tie_word_embeddings,
+        attn_implementation="sdpa",
+    )

@@ -1,0 +1,46 @@
+"""ReLU linear attention with one head-wise state per sample.
+
+    S = sum_j relu(k_j) v_j^T,  z = sum_j relu(k_j),  y_i = relu(q_i) S / (relu(q_i) . z + eps)
+
+Source: Xie et al., "SANA: Efficient High-Resolution Image Synthesis with Linear Diffusion
+Transformers" (2024), section 2.2.
+"""
+
+# Shape suffixes: B = batch, N = tokens, H = heads, K = head width, D = channels.
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ReLULinearAttention(nn.Module):
+    """Self-attention of linear cost in the number of tokens; the state is float32.
+
+    Args:
+        channels: D, the width of the input and output tokens.
+        heads: H.
+        head_dim: K.
+        eps: added to the denominator.
+    """
+
+    def __init__(self, channels: int, heads: int, head_dim: int, *, eps: float = 1e-15) -> None:
+        super().__init__()
+        inner = heads * head_dim
+        self.heads, self.eps = heads, eps
+        self.to_q = nn.Linear(channels, inner, bias=False)
+        self.to_k = nn.Linear(channels, inner, bias=False)
+        self.to_v = nn.Linear(channels, inner, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Mix `tokens` [B, N, D]; returns [B, N, D] in the same dtype."""
+        q, k, v = (self._heads(project(tokens)) for project in (self.to_q, self.to_k, self.to_v))
+        q, k = F.relu(q), F.relu(k)
+        state = k.transpose(-1, -2) @ v  # [B, H, K, K]
+        weight = q @ k.sum(dim=-2).unsqueeze(-1)  # [B, H, N, 1]
+        mixed = (q @ state) / (weight + self.eps)
+        return self.to_out[0](mixed.transpose(1, 2).flatten(2).to(tokens.dtype))
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        wide = torch.promote_types(tokens.dtype, torch.float32)
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2).to(wide)

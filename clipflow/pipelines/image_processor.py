@@ -1,0 +1,109 @@
+"""Pictures to pixel values for the vision tower, and decoded pixels to pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clipflow.errors import InputError
+from clipflow.models.unilip.config import UniLIPConfig
+from clipflow.models.unilip.pixel_decoder import resize_pictures
+from clipflow.pipelines.image_io import ImageInput, load_image
+from clipflow.pipelines.output import Pictures
+
+FILE_NAME = "preprocessor_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageProcessor:
+    """RGB, resized to a square (the aspect ratio is squashed), normalized per channel.
+
+    Attributes:
+        size: side of the square, in pixels.
+        mean: subtracted from pixels in [0, 1].
+        std: divides after that.
+        resample: Pillow's filter number; 3 is bicubic.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int = int(Image.Resampling.BICUBIC)
+
+    @classmethod
+    def from_config(cls, config: UniLIPConfig) -> ImageProcessor:
+        return cls(size=config.image_size, mean=config.image_mean, std=config.image_std)
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: UniLIPConfig) -> ImageProcessor:
+        """Read `preprocessor_config.json`; where it is missing, the model's own configuration.
+
+        Raises:
+            InputError: the file is there, but cannot be read or has other keys.
+        """
+        path = folder / FILE_NAME
+        if not path.exists():
+            return cls.from_config(config)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            size = values["size"]
+            return cls(
+                size=int(size["height"] if isinstance(size, dict) else size),
+                mean=tuple(float(v) for v in values["image_mean"]),
+                std=tuple(float(v) for v in values["image_std"]),
+                resample=int(values.get("resample", cls.resample)),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: must hold size, image_mean and image_std: {error!r}"
+            ) from error
+
+    def to_json(self) -> str:
+        values = {
+            "image_processor_type": "CLIPFlowImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"height": self.size, "width": self.size},
+            "resample": self.resample,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+        return json.dumps(values, indent=2) + "\n"
+
+    def __call__(self, images: Sequence[ImageInput]) -> Tensor:
+        """Pixel values of `images`, [B, 3, size, size] float32 on the CPU."""
+        rows = [np.asarray(self.resize(load_image(image))) for image in images]
+        pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 255
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return (pixels - mean[:, None, None]) / std[:, None, None]
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """`image` at the model's own size: what the model sees."""
+        if image.size == (self.size, self.size):
+            return image
+        return image.resize((self.size, self.size), Image.Resampling(self.resample))
+
+
+def postprocess(decoded: Tensor, output_size: int, output_type: str) -> Pictures:
+    """Decoded pixels [B, 3, S, S] in about [-1, 1] to pictures of side `output_size`.
+
+    Clamped, then resized bilinearly (half-pixel centers, no antialiasing), then rounded for "pil".
+    """
+    pixels = (decoded.float() / 2 + 0.5).clamp(0, 1)
+    pixels = resize_pictures(pixels, output_size).cpu()
+    if output_type == "pt":
+        return pixels
+    rows = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+    if output_type == "np":
+        return rows
+    return [Image.fromarray(row) for row in np.rint(rows * 255).astype(np.uint8)]

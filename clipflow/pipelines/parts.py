@@ -1,0 +1,117 @@
+"""What every pipeline of a UniLIP model shares: its parts, folders, device and progress bar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from clipflow.models.unilip import UniLIPModel
+from clipflow.models.unilip.loading import materialize_rotary
+from clipflow.pipelines.image_io import write_atomically
+from clipflow.pipelines.image_processor import FILE_NAME as PROCESSOR_FILE
+from clipflow.pipelines.image_processor import ImageProcessor
+from clipflow.pipelines.loading import load_tokenizer, load_unilip
+from clipflow.pipelines.model_folders import find_model
+from clipflow.pipelines.options import FILE_NAME as GENERATION_FILE
+from clipflow.pipelines.options import GenerationDefaults
+from clipflow.pipelines.prompts import Prompts
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
+
+
+class UniLIPParts:
+    """A UniLIP model with its tokenizer, image processor and defaults."""
+
+    def __init__(
+        self,
+        model: UniLIPModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        image_processor: ImageProcessor | None = None,
+        defaults: GenerationDefaults | None = None,
+    ) -> None:
+        """Put a pipeline together from its parts; `from_pretrained` reads them from a folder."""
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor or ImageProcessor.from_config(model.config)
+        self.defaults = defaults or GenerationDefaults.from_folder(None, model.config)
+        self.prompts = Prompts(tokenizer, model.config)
+        self._progress_bar_config: dict[str, object] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        local_files_only: bool = True,
+    ) -> Self:
+        """Load a model.
+
+        Args:
+            name: "scenes" (embedded), a folder, or a hub name "owner/model".
+            device: where to put it; the CPU when not given.
+            dtype: of the weights; the decoder is float32 always.
+            local_files_only: False allows a hub name to be downloaded.
+
+        Raises:
+            InputError: there is no such model, or its folder is not complete.
+        """
+        folder = find_model(name, local_files_only=local_files_only)
+        model = load_unilip(folder)
+        pipeline = cls(
+            model,
+            load_tokenizer(folder),
+            image_processor=ImageProcessor.from_folder(folder, model.config),
+            defaults=GenerationDefaults.from_folder(folder, model.config),
+        )
+        return pipeline.to(device, dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write everything that `from_pretrained` reads; weights come back bitwise."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        texts = {
+            PROCESSOR_FILE: self.image_processor.to_json(),
+            GENERATION_FILE: self.defaults.to_json(),
+        }
+        for name, text in texts.items():
+            write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.latent_queries.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.latent_queries.dtype
+
+    def to(
+        self,
+        device: str | torch.device | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Move the model and set its dtype, in place; `to(dtype)` works too.
+
+        The pixel decoder stays float32: it is a small part of the time, and half precision shows.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        for name, part in self.model.named_children():
+            part.to(device=device, dtype=torch.float32 if name == "vae_decoder" else dtype)
+        queries = self.model.latent_queries
+        queries.data = queries.data.to(device=device, dtype=dtype)
+        # Rotary tables in half precision would turn late positions by the wrong angle.
+        materialize_rotary(self.model, self.device)
+        return self
+
+    def set_progress_bar_config(self, **config: object) -> None:
+        """Options of the tqdm bar of later calls, e.g. `disable=True`."""
+        self._progress_bar_config = config

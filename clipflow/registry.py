@@ -1,0 +1,224 @@
+"""The table of fused ops: what each means, who can run it, and where it is promised to work.
+
+`clipflow.ops` fills the table; tests, benchmarks and `clipflow doctor` iterate over it.
+
+Choice of a backend, first match wins: the `backend=` argument, the innermost `use_backend`, the
+environment variable CLIPFLOW_BACKEND (read once, at import), "auto". "auto" takes the first
+willing backend of the op's own order; a backend named in any of the other ways never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clipflow import extension
+from clipflow.errors import BackendUnavailable
+
+NAMESPACE = "clipflow"
+BACKENDS = ("auto", "eager", "native", "triton")
+TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_ops: dict[str, Op] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One promised working point: a name for test ids, and the arguments it stands for.
+
+    `inputs(device, dtype)` returns the tensors to differentiate, in positional order;
+    `options(device)` the keyword arguments of the public function that go with them. A `large` case
+    is timed, and tested once instead of in every way.
+    """
+
+    name: str
+    inputs: Callable[[torch.device, torch.dtype], tuple[Tensor, ...]]
+    options: Callable[[torch.device], dict[str, object]] = lambda device: {}
+    large: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """How one backend runs an op. `refusal` returns why it cannot run this call, or None.
+
+    `backward` is None where autograd differentiates `forward` itself, as it does for eager.
+    """
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor | None, ...]] | None
+    refusal: Callable[[Tensor], str | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """A fused op. `reference` is its meaning; every backend must agree with it.
+
+    `schemas` and `fakes` name the compiled ops, forward and backward, that share the op's name.
+    `order` is what "auto" tries, set by measurement.
+    """
+
+    name: str
+    schemas: Mapping[str, str]
+    fakes: Mapping[str, Callable[..., object]]
+    public: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    backends: Mapping[str, Implementation]
+    order: tuple[str, ...]
+    cases: tuple[Case, ...]
+
+    def select(self, x: Tensor, backend: str) -> str:
+        """Return the name of the backend that runs a call on `x`.
+
+        Raises:
+            BackendUnavailable: a backend was named and refuses. A named backend never falls back.
+        """
+        if backend == "auto":
+            backend = _chosen
+        if backend == "auto":
+            for name in self.order:
+                if self.backends[name].refusal(x) is None:
+                    return name
+        reason = self.refusal(x, backend)
+        if reason is not None:
+            raise BackendUnavailable(f"{self.name}: backend {backend!r} {reason}")
+        return backend
+
+    def refusal(self, x: Tensor, backend: str) -> str | None:
+        """Why `backend` cannot run a call on `x`, or None."""
+        if backend not in self.backends:
+            return f"is not one of {sorted(self.backends)}"
+        return self.backends[backend].refusal(x)
+
+
+def register(op: Op) -> Op:
+    """Enter `op` in the table; declare its schemas and fake kernels, once for all devices."""
+    for name, schema in op.schemas.items():
+        _library.define(name + schema)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", op.fakes[name], lib=_library)
+    _ops[op.name] = op
+    return op
+
+
+def all_ops() -> tuple[Op, ...]:
+    """Every registered op, in the order of registration; `import clipflow.ops` registers them."""
+    return tuple(_ops.values())
+
+
+def eager(reference: Callable[..., Tensor]) -> Implementation:
+    """Plain PyTorch, which runs anywhere and which autograd differentiates."""
+    return Implementation(forward=reference, backward=None, refusal=lambda x: None)
+
+
+def native(
+    name: str,
+    forward: Callable[..., Tensor],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> Implementation:
+    """The compiled kernel `clipflow::<name>`; PyTorch picks CPU or CUDA by the tensors' device."""
+    devices = extension.native_devices(name)
+    on_cpu, on_cuda = "cpu" in devices, "cuda" in devices
+
+    def refusal(x: Tensor) -> str | None:
+        if (on_cpu and x.is_cpu) or (on_cuda and x.is_cuda and x.dtype != torch.float64):
+            return None
+        if on_cuda and x.is_cuda:
+            return "has no float64 kernel for CUDA"
+        kind = x.device.type
+        return f"has no compiled kernel for device {kind!r} (built for: {sorted(devices)})"
+
+    return Implementation(forward=forward, backward=backward, refusal=refusal)
+
+
+def triton(
+    forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor | None, ...]]
+) -> Implementation:
+    """A Triton kernel: CUDA tensors, or any tensor in Triton's interpreter (TRITON_INTERPRET=1)."""
+    installed = importlib.util.find_spec("triton") is not None
+
+    def refusal(x: Tensor) -> str | None:
+        if not installed:
+            return "needs the package triton, which is not installed"
+        if x.device.type != "cuda" and not TRITON_INTERPRETED:
+            return f"needs a CUDA tensor, got one on {x.device.type!r}"
+        if x.dtype == torch.float64:
+            return "has no float64 kernel"
+        return None
+
+    return Implementation(forward=forward, backward=backward, refusal=refusal)
+
+
+def _checked(backend: str, source: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+_chosen = _checked(os.environ.get("CLIPFLOW_BACKEND", "auto"), "CLIPFLOW_BACKEND")
+
+
+class use_backend:
+    """Run every op on `backend` inside the `with` block; "auto" undoes an outer choice.
+
+    The choice holds for the whole process, all threads included.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.backend = _checked(backend, "use_backend: backend")
+
+    def __enter__(self) -> None:
+        global _chosen
+        self.outer = _chosen
+        _chosen = self.backend
+
+    def __exit__(self, *_: object) -> None:
+        global _chosen
+        _chosen = self.outer
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call takes (`chosen`, None if it raises) and why others refuse it.
+
+    `refusals` has every backend of the op, in the order auto tries them; None means willing.
+    """
+
+    op: str
+    chosen: str | None
+    refusals: Mapping[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: runs on {self.chosen or 'nothing (raises BackendUnavailable)'}"]
+        lines += [f"  {name}: {why or 'willing'}" for name, why in self.refusals.items()]
+        return "\n".join(lines)
+
+
+def explain(op: str | Callable[..., Tensor], x: Tensor, *_: object) -> Explanation:
+    """Say which backend the call `op(x, ...)` takes now, and why the others refuse.
+
+    Args:
+        op: the op's name or its public function, e.g. "adaln_norm" or clipflow.ops.adaln_norm.
+        x: the first tensor of the call; the rest of its arguments may follow.
+
+    Raises:
+        ValueError: there is no such op.
+    """
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    table = {entry.name: entry for entry in all_ops()}
+    if name not in table:
+        raise ValueError(f"explain: op must be one of {', '.join(table)}, got {name!r}")
+    entry = table[name]
+    refusals = {backend: entry.refusal(x, backend) for backend in entry.order}
+    try:
+        chosen = entry.select(x, "auto")
+    except BackendUnavailable:
+        chosen = None
+    return Explanation(op=name, chosen=chosen, refusals=refusals)

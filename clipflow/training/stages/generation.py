@@ -1,0 +1,170 @@
+"""Recipes 4 and 5: queries, connector and DiT learn to draw and to edit by flow matching.
+
+    z = clip_down(features) * unilip_factor,  loss = | DiT(z_s, s, condition) - (noise - z) |^2
+
+Vision tower, projector, LM, `clip_down` and decoder are frozen (specs of UniLIP, section 7.2), so
+the pool of pictures is encoded once and kept in memory. Each condition is used for several noises.
+"""
+
+# Shape suffixes: B = conditions, K = noises for each, C = latent channels.
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipflow.models.unilip import UniLIPModel
+from clipflow.models.unilip.config import UniLIPConfig
+from clipflow.sampling.flow_matching import draw_times, flow_matching_loss, interpolate
+from clipflow.scenes import sample_edit, sample_prompted_scene
+from clipflow.training.recipe import Recipe
+from clipflow.training.stages.scene_data import SceneText, pixel_values
+
+FROZEN = ("vision_tower", "multi_modal_projector", "language_model", "vae_decoder")
+ENCODE_BATCH = 128
+DEFAULT_TAGS = {
+    "single_object": 1,
+    "colors": 1,
+    "counting": 3,
+    "two_object": 2,
+    "color_attr": 4,
+    "position": 5,
+    "background": 1,
+    "reasoning": 3,
+}
+
+
+class Pool(NamedTuple):
+    """What is drawn: a text for each target, its latents, and for edits the picture's features."""
+
+    texts: list[str]
+    latents: Tensor  # [N, C, h, w], times unilip_factor
+    features: Tensor | None  # [N, tokens, H] float16
+
+
+class Batch(NamedTuple):
+    """Token rows, image features for edits, and the clean latents."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    features: Tensor | None
+    latents: Tensor
+
+
+class Generation:
+    """Options.
+
+    `pictures`, `edits`: pool sizes. `edit_share`: share of steps that train editing.
+    `noises`: K. `tags`: how often each kind of prompt comes. `dropout`: share of null conditions.
+    `time_mean`, `time_std`: of the logit-normal times; `shift`: of the training times.
+    """
+
+    def setup(
+        self, model: UniLIPModel, recipe: Recipe, workdir: Path, device: torch.device
+    ) -> None:
+        options = recipe.options
+        self.model, self.recipe, self.device = model, recipe, device
+        self.text = SceneText(model.config)
+        self.noises = options.get("noises", 2)
+        self.dropout = options.get("dropout", 0.1)
+        self.edit_share = options.get("edit_share", 0.0)
+        self.times = {
+            "mean": options.get("time_mean", 0.0),
+            "std": options.get("time_std", 1.0),
+            "shift": options.get("shift", 1.0),
+        }
+        self.images_per_batch = recipe.batch_size * self.noises
+        for name in FROZEN:
+            getattr(model, name).eval()
+        rng = np.random.default_rng([recipe.seed, 4])
+        tags = options.get("tags", DEFAULT_TAGS)
+        self.pictures = prompted_pool(model, rng, options.get("pictures", 40_000), tags, device)
+        edits = options.get("edits", 0)
+        self.edits = edited_pool(model, rng, edits, device) if edits else None
+
+    def batch(self, step: int) -> Batch:
+        rng = np.random.default_rng([self.recipe.seed, 5, step])
+        editing = self.edits is not None and rng.random() < self.edit_share
+        pool = self.edits if editing else self.pictures
+        chosen = rng.integers(len(pool.texts), size=self.recipe.batch_size)
+        write = self.text.prompts.edit if editing else self.text.prompts.text_to_image
+        dropped = rng.random(len(chosen)) < self.dropout
+        texts = [write(None if drop else pool.texts[i]) for i, drop in zip(chosen, dropped)]
+        ids, mask = left_padded([self.text.ids(text) for text in texts], self.text.pad)
+        chosen = torch.from_numpy(chosen)
+        features = pool.features[chosen].float() if editing else None
+        return Batch(ids, mask, features, pool.latents[chosen])
+
+    def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = Batch(*(None if t is None else t.to(self.device) for t in batch))
+        condition = self.model.encode_condition(
+            batch.input_ids, batch.attention_mask, batch.features
+        )
+        K = self.noises
+        latents = batch.latents.repeat(K, 1, 1, 1)
+        times = draw_times(len(latents), device=self.device, **self.times)
+        noisy, target = interpolate(latents, torch.randn_like(latents), times.sigmas)
+        velocity = self.model.dit(
+            noisy,
+            times.timesteps.clamp(max=999),
+            condition.hidden.repeat(K, 1, 1),
+            condition.mask.repeat(K, 1),
+        )
+        loss = flow_matching_loss(velocity, target)
+        kind = "draw" if batch.features is None else "edit"
+        return loss, {kind: loss.detach()}
+
+
+def prompted_pool(
+    model: UniLIPModel,
+    rng: np.random.Generator,
+    count: int,
+    tags: dict[str, float],
+    device: torch.device,
+) -> Pool:
+    """`count` prompts, each with the latents of one scene it is true of."""
+    names = list(tags)
+    shares = np.array([tags[name] for name in names], dtype=float)
+    drawn = rng.choice(len(names), size=count, p=shares / shares.sum())
+    texts, scenes = zip(*(sample_prompted_scene(rng, names[i]) for i in drawn))
+    latents = torch.cat([model_latents(model, chunk, rng, device)[0] for chunk in _chunks(scenes)])
+    return Pool(list(texts), latents, None)
+
+
+def edited_pool(
+    model: UniLIPModel, rng: np.random.Generator, count: int, device: torch.device
+) -> Pool:
+    """`count` edits: the features of the picture before, the latents of the one after."""
+    edits = [sample_edit(rng) for _ in range(count)]
+    befores, texts, afters = zip(*edits)
+    features = [model_latents(model, chunk, rng, device)[1].half() for chunk in _chunks(befores)]
+    latents = [model_latents(model, chunk, rng, device)[0] for chunk in _chunks(afters)]
+    return Pool(list(texts), torch.cat(latents), torch.cat(features))
+
+
+@torch.no_grad()
+def model_latents(
+    model: UniLIPModel, scenes: list, rng: np.random.Generator, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(latents times unilip_factor [B, C, h, w], features [B, N, H]) of freshly drawn scenes."""
+    features = model.encode_image(pixel_values(scenes, rng, model.config).to(device))
+    return (model.clip_down(features) * model.config.unilip_factor).cpu(), features.cpu()
+
+
+def left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask [B, T] of token rows, padded on the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def _chunks(scenes) -> list:
+    return [scenes[i : i + ENCODE_BATCH] for i in range(0, len(scenes), ENCODE_BATCH)]
+
+
+STAGE = Generation

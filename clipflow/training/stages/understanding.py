@@ -1,0 +1,95 @@
+"""Recipe 1: vision tower, projector and LM learn to answer questions about pictures.
+
+Next-token loss on answers only. All questions about one picture share its tokens: they lie in one
+row, apart from each other by the attention mask. Rows without a picture teach the LM what prompts
+mean ("two plus one red stars" is "three red stars"), so that the frozen LM can condition drawing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clipflow.models.unilip import UniLIPModel
+from clipflow.scenes import (
+    QUESTION_KINDS,
+    make_prompt,
+    plain_form,
+    random_scene,
+    sample_asked_scene,
+    sample_question,
+)
+from clipflow.scenes.prompts import TAGS
+from clipflow.training.recipe import Recipe
+from clipflow.training.stages.scene_data import IGNORED, SceneText, pack, pixel_values
+
+PLAIN_TAGS = (*TAGS, "reasoning", "reasoning", "position")
+
+
+class Understanding:
+    """Options: `questions` (per picture), `plain_rows` (rows without a picture, per batch)."""
+
+    def setup(
+        self, model: UniLIPModel, recipe: Recipe, workdir: Path, device: torch.device
+    ) -> None:
+        self.model, self.recipe, self.device = model, recipe, device
+        self.text = SceneText(model.config)
+        self.images_per_batch = recipe.batch_size
+        self.questions = recipe.options.get("questions", 8)
+        self.plain_rows = recipe.options.get("plain_rows", 16)
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng([self.recipe.seed, 1, step])
+        scenes, rows = [], []
+        for index in range(self.recipe.batch_size):
+            kind = QUESTION_KINDS[index % len(QUESTION_KINDS)]
+            scene, *asked = (
+                (random_scene(rng, count=1),) if index % 8 == 7 else sample_asked_scene(rng, kind)
+            )
+            pairs = [tuple(asked)] if asked else []
+            while len(pairs) < self.questions:
+                pair = sample_question(rng, scene, QUESTION_KINDS[rng.integers(7)])
+                if pair is not None:
+                    pairs.append(pair)
+            scenes.append(scene)
+            rows.append(self.text.conversation(pairs))
+        plain = []
+        for _ in range(self.plain_rows):
+            prompt = make_prompt(rng, PLAIN_TAGS[rng.integers(len(PLAIN_TAGS))], seen=True)
+            plain.append(self.text.plain(prompt.text, plain_form(prompt)))
+        return {
+            "pixel_values": pixel_values(scenes, rng, self.model.config),
+            "seen": pack(rows, self.text.pad),
+            "plain": pack(plain, self.text.pad) if plain else None,
+        }
+
+    def loss(self, batch: dict, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        features = self.model.encode_image(batch["pixel_values"].to(self.device))
+        seen = answer_loss(self.model, batch["seen"], features, self.device)
+        if batch["plain"] is None:
+            return seen, {}
+        plain = answer_loss(self.model, batch["plain"], None, self.device)
+        return seen + 0.25 * plain, {"seen": seen.detach(), "plain": plain.detach()}
+
+
+def answer_loss(
+    model: UniLIPModel, packed: dict[str, Tensor], features: Tensor | None, device: torch.device
+) -> Tensor:
+    """Mean cross-entropy of the labeled tokens of packed rows."""
+    packed = {name: tensor.to(device) for name, tensor in packed.items()}
+    hidden = model.language_model(
+        inputs_embeds=model.embed_prompt(packed["input_ids"], features),
+        attention_mask=packed["attention_mask"],
+        position_ids=packed["position_ids"],
+        use_cache=False,
+    ).last_hidden_state
+    targets = packed["labels"][:, 1:]
+    said = targets != IGNORED
+    return F.cross_entropy(model.head(hidden[:, :-1][said]), targets[said])
+
+
+STAGE = Understanding
