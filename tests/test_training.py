@@ -223,7 +223,7 @@ def test_gradient_that_is_not_finite_is_never_saved(tmp_path):
                 self.model.head.weight.register_hook(lambda grad: grad * math.inf)
             return super().loss(batch, step)
 
-    with pytest.raises(ValueError, match="grad_norm must be finite, got .* in steps 9 to 10"):
+    with pytest.raises(ValueError, match=r"grad_norm must be finite, got .* in steps 9 to 10"):
         fit(ToyModel(), Exploding(), toy_recipe(), tmp_path, progress=False)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
 
@@ -270,7 +270,7 @@ def test_train_may_move_to_other_threads(recipe_file, tmp_path, toy_stages):
 
 def test_train_needs_the_result_it_starts_from(recipe_file, tmp_path, toy_stages):
     recipe_file.write_text(YAML + "init: earlier\n")
-    with pytest.raises(FileNotFoundError, match="starts from 'earlier'.* train 'earlier' first"):
+    with pytest.raises(FileNotFoundError, match=r"starts from 'earlier'.* train 'earlier' first"):
         run.train(recipe_file, tmp_path / "out", progress=False)
 
 

@@ -160,7 +160,7 @@ def test_disk_that_fills_while_writing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
         snapshot = checkpoint.Snapshot(2, 0.0, {"model": {"w": torch.zeros(100_000)}})
-        with pytest.raises(OSError, match="cannot write .*step-000002"):
+        with pytest.raises(OSError, match=r"cannot write .*step-000002"):
             checkpoint.save(tmp_path, snapshot)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -98,7 +98,7 @@ class Recipe:
             raise ValueError(f"recipe {path}: must be YAML, got: {error}") from error
         if not isinstance(values, Mapping):
             kind = type(values).__name__
-            raise ValueError(f"recipe {path}: must be a mapping, got {kind}")  # noqa: TRY004
+            raise ValueError(f"recipe {path}: must be a mapping, got {kind}")
         try:
             return cls.from_mapping(values)
         except ValueError as error:

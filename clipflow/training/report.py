@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import Self
 
 LOG = "log.jsonl"
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from clipflow.models.unilip import UniLIPModel
-from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.sampling.flow_matching import draw_times, flow_matching_loss, interpolate
 from clipflow.scenes import sample_edit, sample_prompted_scene
 from clipflow.training.recipe import Recipe
@@ -93,7 +92,8 @@ class Generation:
         chosen = rng.integers(len(pool.texts), size=self.recipe.batch_size)
         write = self.text.prompts.edit if editing else self.text.prompts.text_to_image
         dropped = rng.random(len(chosen)) < self.dropout
-        texts = [write(None if drop else pool.texts[i]) for i, drop in zip(chosen, dropped)]
+        asked = [None if drop else pool.texts[i] for i, drop in zip(chosen, dropped, strict=True)]
+        texts = [write(text) for text in asked]
         ids, mask = left_padded([self.text.ids(text) for text in texts], self.text.pad)
         chosen = torch.from_numpy(chosen)
         features = pool.features[chosen].float() if editing else None
@@ -130,7 +130,7 @@ def prompted_pool(
     names = list(tags)
     shares = np.array([tags[name] for name in names], dtype=float)
     drawn = rng.choice(len(names), size=count, p=shares / shares.sum())
-    texts, scenes = zip(*(sample_prompted_scene(rng, names[i]) for i in drawn))
+    texts, scenes = zip(*(sample_prompted_scene(rng, names[i]) for i in drawn), strict=True)
     latents = torch.cat([model_latents(model, chunk, rng, device)[0] for chunk in _chunks(scenes)])
     return Pool(list(texts), latents, None)
 
@@ -140,7 +140,7 @@ def edited_pool(
 ) -> Pool:
     """`count` edits: the features of the picture before, the latents of the one after."""
     edits = [sample_edit(rng) for _ in range(count)]
-    befores, texts, afters = zip(*edits)
+    befores, texts, afters = zip(*edits, strict=True)
     features = [model_latents(model, chunk, rng, device)[1].half() for chunk in _chunks(befores)]
     latents = [model_latents(model, chunk, rng, device)[0] for chunk in _chunks(afters)]
     return Pool(list(texts), torch.cat(latents), torch.cat(features))
