@@ -113,9 +113,23 @@ def _train(recipe: Recipe, out: Path, model: nn.Module | None, progress: bool) -
     model = model if model is not None else _initial_model(recipe, source)
     fit(model, stage, recipe, folder, progress=progress)
     with writing(final, sum(p.nbytes for p in model.parameters())) as building:
-        model.save_pretrained(building)
+        _save(model, building)
     _write_record(folder, {**record, "finished": True})
     return final
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    """Write a folder that `CLIPFlowPipeline.from_pretrained` opens: model and tokenizer."""
+    # Imported here: it brings transformers and diffusers, which `--help` need not wait for.
+    from clipflow.models.unilip import UniLIPModel
+
+    if isinstance(model, UniLIPModel):
+        from clipflow.pipelines import CLIPFlowPipeline
+        from clipflow.scenes.tokenizer import make_tokenizer
+
+        CLIPFlowPipeline(model, make_tokenizer()).save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
 
 
 def _scaled(recipe: Recipe, scale: float) -> Recipe:
