@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from training_toy import ToyModel, ToyStage, toy_recipe
 
-from clipflow.training import checkpoint, loop, optim, run, schedule
+from clipflow.training import checkpoint, loop, muon, optim, run, schedule
 from clipflow.training.ema import EMA, ramped_decay
 from clipflow.training.loop import fit
 from clipflow.training.recipe import Recipe, find_recipe
@@ -305,3 +305,11 @@ def test_train_scenes_chains_the_recipes(tmp_path, toy_stages, monkeypatch):
     assert toy_stages == [0, 1, 2] * 5
     run.train_scenes(tmp_path / "out", scale=0.5, progress=False)
     assert len(toy_stages) == 15
+
+
+def test_muon_orthogonalizes_its_update():
+    tall = torch.randn(48, 16, generator=torch.Generator().manual_seed(0))
+    for matrix in (tall, tall.T):
+        values = torch.linalg.svdvals(muon.orthogonalize(matrix))
+        assert values.min() > 0.6
+        assert values.max() < 1.3

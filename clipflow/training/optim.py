@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from clipflow.training.muon import Muon
 from clipflow.training.recipe import Recipe
 
 
@@ -56,8 +57,7 @@ def build_optimizers(
         optimizers.append(torch.optim.AdamW(adamw, lr=recipe.lr, betas=recipe.betas, fused=True))
     muon = _groups({n: p for n, p in trained.items() if n in hidden}, recipe)
     if muon:
-        # match_rms_adamw: the update has the size of AdamW's, so one learning rate serves both.
-        optimizers.append(torch.optim.Muon(muon, lr=recipe.lr, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(muon, lr=recipe.lr))
     return optimizers
 
 
