@@ -36,7 +36,9 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For 2-D weights of hidden layers; the update has the size of AdamW's.
+    """For weights of hidden layers; the update has the size of AdamW's.
+
+    A convolution [out, in, h, w] counts as the matrix [out, in * h * w].
 
     Args:
         params: parameters or groups; groups may have their own `lr` and `weight_decay`.
@@ -62,6 +64,7 @@ class Muon(torch.optim.Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer = state["momentum_buffer"].mul_(MOMENTUM).add_(parameter.grad)
-        update = orthogonalize(parameter.grad.add(buffer, alpha=MOMENTUM))
+        update = orthogonalize(parameter.grad.add(buffer, alpha=MOMENTUM).flatten(1))
         parameter.mul_(1 - lr * weight_decay)
-        parameter.add_(update, alpha=-lr * 0.2 * max(parameter.shape) ** 0.5)
+        step = lr * 0.2 * max(update.shape) ** 0.5
+        parameter.add_(update.view_as(parameter), alpha=-step)

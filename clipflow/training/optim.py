@@ -122,13 +122,28 @@ def _groups(parameters: Mapping[str, nn.Parameter], recipe: Recipe) -> list[dict
     return list(groups.values())
 
 
+# First and last layers: they map between spaces of their own, where AdamW's step sizes fit.
+_OUTER_LAYERS = (
+    "lm_head.weight",
+    "proj_out.weight",
+    "patch_embed.proj.weight",
+    "patch_embedding.weight",
+    "decoder.conv_in.weight",
+    "decoder.conv_out.weight",
+)
+
+
 def _hidden_matrices(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> set[str]:
-    """Names of the 2-D weights that Muon suits: linear layers, but neither tables nor heads."""
+    """Names of the weights that Muon suits: hidden linear layers and full convolutions."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return {
         name
         for name, p in trained.items()
-        if p.ndim == 2 and id(p) not in tables and name.endswith("weight") and "head" not in name
+        if name.endswith("weight")
+        and p.ndim in (2, 4)
+        and p.shape[1] > 1  # a depthwise kernel is no matrix
+        and id(p) not in tables
+        and not name.endswith(_OUTER_LAYERS)
     }
 
 
