@@ -25,13 +25,18 @@ from clipflow.scenes import (
 )
 from clipflow.scenes.prompts import TAGS
 from clipflow.training.recipe import Recipe
+from clipflow.training.stages.naming import Naming
 from clipflow.training.stages.scene_data import IGNORED, SceneText, pack, pixel_values
 
 PLAIN_TAGS = (*TAGS, "reasoning", "reasoning", "position")
 
 
 class Understanding:
-    """Options: `questions` (per picture), `plain_rows` (rows without a picture, per batch)."""
+    """Options.
+
+    `questions`: per picture. `plain_rows`: rows without a picture, per batch. `naming`: weight of
+    the dense naming loss.
+    """
 
     def setup(
         self, model: UniLIPModel, recipe: Recipe, workdir: Path, device: torch.device
@@ -41,6 +46,8 @@ class Understanding:
         self.images_per_batch = recipe.batch_size
         self.questions = recipe.options.get("questions", 8)
         self.plain_rows = recipe.options.get("plain_rows", 16)
+        self.naming_weight = recipe.options.get("naming", 0.5)
+        self.naming = Naming(model, self.text)
 
     def batch(self, step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self.recipe.seed, 1, step])
@@ -63,6 +70,7 @@ class Understanding:
             plain.append(self.text.plain(prompt.text, plain_form(prompt)))
         return {
             "pixel_values": pixel_values(scenes, rng, self.model.config),
+            "names": self.naming.labels(scenes),
             "seen": pack(rows, self.text.pad),
             "plain": pack(plain, self.text.pad) if plain else None,
         }
@@ -70,10 +78,14 @@ class Understanding:
     def loss(self, batch: dict, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         features = self.model.encode_image(batch["pixel_values"].to(self.device))
         seen = answer_loss(self.model, batch["seen"], features, self.device)
-        if batch["plain"] is None:
-            return seen, {}
-        plain = answer_loss(self.model, batch["plain"], None, self.device)
-        return seen + 0.25 * plain, {"seen": seen.detach(), "plain": plain.detach()}
+        names = self.naming.loss(self.model, features, batch["names"].to(self.device))
+        loss = seen + self.naming_weight * names
+        metrics = {"seen": seen.detach(), "names": names.detach()}
+        if batch["plain"] is not None:
+            plain = answer_loss(self.model, batch["plain"], None, self.device)
+            loss = loss + 0.25 * plain
+            metrics["plain"] = plain.detach()
+        return loss, metrics
 
 
 def answer_loss(

@@ -1,0 +1,56 @@
+"""Dense naming: every image feature, read by the LM's own head, names what stands at its place.
+
+    features [B, N, H] -> rms norm -> lm_head -> cross-entropy among the colors, and the shapes
+
+Answers alone teach a vision tower slowly, some six words a picture; this gives it 2 N. The head is
+the model's own, so nothing is added to it, and the features come to lie where the LM has its words.
+"""
+
+# Shape suffixes: B = pictures, N = image features of one.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clipflow.models.unilip import UniLIPModel
+from clipflow.scenes import Scene
+from clipflow.scenes.world import BACKGROUND_NAMES, CANVAS, COLOR_NAMES, SHAPES
+from clipflow.training.stages.scene_data import SceneText
+
+COLORS = (*COLOR_NAMES, *BACKGROUND_NAMES)
+FORMS = (*SHAPES, "background")
+REACH = 8  # px around an object's center, on both axes, that count as its place
+
+
+class Naming:
+    """The loss, and the labels that it needs, for one model and its tokenizer."""
+
+    def __init__(self, model: UniLIPModel, text: SceneText) -> None:
+        vision = model.config.vision
+        self.side = vision.image_size // vision.patch_size // vision.shuffle
+        self.colors = torch.tensor([text.ids(word)[0] for word in COLORS])
+        self.forms = torch.tensor([text.ids(word)[0] for word in FORMS])
+
+    def labels(self, scenes: Sequence[Scene]) -> Tensor:
+        """Indices into `COLORS` and `FORMS`: [B, N, 2] int64."""
+        places = (np.arange(self.side) + 0.5) * CANVAS / self.side
+        labels = np.empty((len(scenes), self.side, self.side, 2), dtype=np.int64)
+        for label, scene in zip(labels, scenes, strict=True):
+            label[:] = COLORS.index(scene.background), FORMS.index("background")
+            for thing in scene.objects:
+                x, y = (abs(places - center) <= REACH for center in thing.center)
+                label[np.ix_(y, x)] = COLORS.index(thing.color), FORMS.index(thing.shape)
+        return torch.from_numpy(labels.reshape(len(scenes), -1, 2))
+
+    def loss(self, model: UniLIPModel, features: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of color and shape of `features` [B, N, H]; `labels` [B, N, 2]."""
+        logits = model.head(F.rms_norm(features, features.shape[-1:])).flatten(0, 1)
+        labels = labels.flatten(0, 1)
+        color = F.cross_entropy(logits[:, self.colors.to(logits.device)], labels[:, 0])
+        form = F.cross_entropy(logits[:, self.forms.to(logits.device)], labels[:, 1])
+        return color + form
