@@ -10,6 +10,7 @@ the pool of pictures is encoded once and kept in memory. Each condition is used 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from clipflow.models.unilip import UniLIPModel
 from clipflow.sampling.flow_matching import draw_times, flow_matching_loss, interpolate
-from clipflow.scenes import sample_edit, sample_prompted_scene
+from clipflow.scenes import Scene, sample_edit, sample_prompted_scene
 from clipflow.training.recipe import Recipe
+from clipflow.training.stages.alignment import Alignment
 from clipflow.training.stages.scene_data import SceneText, pixel_values
 
 FROZEN = ("vision_tower", "multi_modal_projector", "language_model", "vae_decoder")
@@ -38,20 +40,22 @@ DEFAULT_TAGS = {
 
 
 class Pool(NamedTuple):
-    """What is drawn: a text for each target, its latents, and for edits the picture's features."""
+    """What is drawn: texts, their targets, and for edits the features of the picture before."""
 
     texts: list[str]
     latents: Tensor  # [N, C, h, w], times unilip_factor
-    features: Tensor | None  # [N, tokens, H] float16
+    targets: Tensor  # [N, tokens, H] float16, the features that the latents are made of
+    features: Tensor | None = None  # [N, tokens, H] float16
 
 
 class Batch(NamedTuple):
-    """Token rows, image features for edits, and the clean latents."""
+    """Token rows, image features for edits, the clean latents and their features."""
 
     input_ids: Tensor
     attention_mask: Tensor
     features: Tensor | None
     latents: Tensor
+    targets: Tensor
 
 
 class Generation:
@@ -60,6 +64,7 @@ class Generation:
     `pictures`, `edits`: pool sizes. `edit_share`: share of steps that train editing.
     `noises`: K. `tags`: how often each kind of prompt comes. `dropout`: share of null conditions.
     `time_mean`, `time_std`: of the logit-normal times; `shift`: of the training times.
+    `alignment`: weight of the representation alignment, at block `alignment_depth`.
     """
 
     def setup(
@@ -84,6 +89,10 @@ class Generation:
         self.pictures = prompted_pool(model, rng, options.get("pictures", 40_000), tags, device)
         edits = options.get("edits", 0)
         self.edits = edited_pool(model, rng, edits, device) if edits else None
+        self.alignment_weight = options.get("alignment", 0.5)
+        self.alignment = Alignment(
+            model.dit, options.get("alignment_depth", 3), self.pictures.targets[:ENCODE_BATCH]
+        )
 
     def batch(self, step: int) -> Batch:
         rng = np.random.default_rng([self.recipe.seed, 5, step])
@@ -97,7 +106,7 @@ class Generation:
         ids, mask = left_padded([self.text.ids(text) for text in texts], self.text.pad)
         chosen = torch.from_numpy(chosen)
         features = pool.features[chosen].float() if editing else None
-        return Batch(ids, mask, features, pool.latents[chosen])
+        return Batch(ids, mask, features, pool.latents[chosen], pool.targets[chosen].float())
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         batch = Batch(*(None if t is None else t.to(self.device) for t in batch))
@@ -114,9 +123,11 @@ class Generation:
             condition.hidden.repeat(K, 1, 1),
             condition.mask.repeat(K, 1),
         )
-        loss = flow_matching_loss(velocity, target)
+        flow = flow_matching_loss(velocity, target)
+        alignment = self.alignment.loss(batch.targets.repeat(K, 1, 1))
         kind = "draw" if batch.features is None else "edit"
-        return loss, {kind: loss.detach()}
+        metrics = {kind: flow.detach(), "alignment": alignment.detach()}
+        return flow + self.alignment_weight * alignment, metrics
 
 
 def prompted_pool(
@@ -131,8 +142,7 @@ def prompted_pool(
     shares = np.array([tags[name] for name in names], dtype=float)
     drawn = rng.choice(len(names), size=count, p=shares / shares.sum())
     texts, scenes = zip(*(sample_prompted_scene(rng, names[i]) for i in drawn), strict=True)
-    latents = torch.cat([model_latents(model, chunk, rng, device)[0] for chunk in _chunks(scenes)])
-    return Pool(list(texts), latents, None)
+    return Pool(list(texts), *encoded(model, scenes, rng, device))
 
 
 def edited_pool(
@@ -141,18 +151,22 @@ def edited_pool(
     """`count` edits: the features of the picture before, the latents of the one after."""
     edits = [sample_edit(rng) for _ in range(count)]
     befores, texts, afters = zip(*edits, strict=True)
-    features = [model_latents(model, chunk, rng, device)[1].half() for chunk in _chunks(befores)]
-    latents = [model_latents(model, chunk, rng, device)[0] for chunk in _chunks(afters)]
-    return Pool(list(texts), torch.cat(latents), torch.cat(features))
+    _, features = encoded(model, befores, rng, device)
+    return Pool(list(texts), *encoded(model, afters, rng, device), features)
 
 
 @torch.no_grad()
-def model_latents(
-    model: UniLIPModel, scenes: list, rng: np.random.Generator, device: torch.device
+def encoded(
+    model: UniLIPModel, scenes: Sequence[Scene], rng: np.random.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(latents times unilip_factor [B, C, h, w], features [B, N, H]) of freshly drawn scenes."""
-    features = model.encode_image(pixel_values(scenes, rng, model.config).to(device))
-    return (model.clip_down(features) * model.config.unilip_factor).cpu(), features.cpu()
+    """(latents times unilip_factor [N, C, h, w], features [N, tokens, H] float16), fresh."""
+    latents, features = [], []
+    for start in range(0, len(scenes), ENCODE_BATCH):
+        chunk = scenes[start : start + ENCODE_BATCH]
+        seen = model.encode_image(pixel_values(chunk, rng, model.config).to(device))
+        latents.append((model.clip_down(seen) * model.config.unilip_factor).cpu())
+        features.append(seen.cpu().half())
+    return torch.cat(latents), torch.cat(features)
 
 
 def left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -161,10 +175,6 @@ def left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
-
-
-def _chunks(scenes) -> list:
-    return [scenes[i : i + ENCODE_BATCH] for i in range(0, len(scenes), ENCODE_BATCH)]
 
 
 STAGE = Generation
