@@ -64,7 +64,8 @@ class Generation:
     `pictures`, `edits`: pool sizes. `edit_share`: share of steps that train editing.
     `noises`: K. `tags`: how often each kind of prompt comes. `dropout`: share of null conditions.
     `time_mean`, `time_std`: of the logit-normal times; `shift`: of the training times.
-    `alignment`: weight of the representation alignment, at block `alignment_depth`.
+    `alignment`: weight of the representation alignment at block `alignment_depth`; it falls to 0
+    by the share `alignment_until` of the recipe's steps, when details matter more.
     """
 
     def setup(
@@ -90,6 +91,7 @@ class Generation:
         edits = options.get("edits", 0)
         self.edits = edited_pool(model, rng, edits, device) if edits else None
         self.alignment_weight = options.get("alignment", 0.5)
+        self.alignment_steps = options.get("alignment_until", 0.7) * recipe.steps
         self.alignment = Alignment(
             model.dit, options.get("alignment_depth", 3), self.pictures.targets[:ENCODE_BATCH]
         )
@@ -127,7 +129,8 @@ class Generation:
         alignment = self.alignment.loss(batch.targets.repeat(K, 1, 1))
         kind = "draw" if batch.features is None else "edit"
         metrics = {kind: flow.detach(), "alignment": alignment.detach()}
-        return flow + self.alignment_weight * alignment, metrics
+        weight = self.alignment_weight * max(0.0, 1 - step / self.alignment_steps)
+        return flow + weight * alignment, metrics
 
 
 def prompted_pool(
