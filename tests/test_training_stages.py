@@ -110,17 +110,35 @@ class TestNaming:
         elsewhere = labels[3:].reshape(-1, 2).unique(dim=0).tolist()
         assert elsewhere == [[COLORS.index("sand"), FORMS.index("background")]]
 
+    def test_places_grade_from_side_to_side(self, model, text):
+        places = Naming(model, text).places().view(8, 8, 2, 2)
+        torch.testing.assert_close(places.sum(-1), torch.ones(8, 8, 2))
+        left, top = places[..., 0, 0], places[..., 1, 0]
+        assert (left.diff(dim=1) < 0).all() and (left.diff(dim=0) == 0).all()
+        assert (top.diff(dim=0) < 0).all() and (top.diff(dim=1) == 0).all()
+
     def test_loss_is_small_where_features_say_the_words(self, model, text):
         naming = Naming(model, text)
         labels = naming.labels([self.SCENE])
         words = model.lm_head.weight.detach()
         words = words / words.norm(dim=-1, keepdim=True)
         sharp = naming_model(words)
-        color = words[naming.colors[labels[..., 0]]]
-        right = color + words[naming.forms[labels[..., 1]]]
-        wrong = color + words[naming.forms[(labels[..., 1] + 1) % len(FORMS)]]
-        losses = [naming.loss(sharp, features, labels) for features in (right, wrong)]
-        assert losses[0] < 0.1 < 1 < losses[1]
+        pairs = words[naming.sides]  # "left", "right"; "top", "bottom"
+        right = (
+            words[naming.colors[labels[..., 0]]]
+            + words[naming.forms[labels[..., 1]]]
+            + (naming.places().log()[..., None] * pairs / 16).sum((1, 2))
+        )
+        losses = [
+            naming.loss(sharp, features, labels)
+            for features in (
+                right,
+                right - words[naming.forms[labels[..., 1]]],
+                right - words[naming.colors[labels[..., 0]]],
+                right - 2 * pairs[0, 0],
+            )
+        ]
+        assert all(1.2 * losses[0] < wrong for wrong in losses[1:]), losses
 
 
 def naming_model(words):

@@ -7,6 +7,7 @@ from clipflow.scenes.asking import (
     questions,
     sample_asked_scene,
     sample_question,
+    sample_relation,
 )
 from clipflow.scenes.captions import caption, labels, same_description
 from clipflow.scenes.check import check_prompt
@@ -64,6 +65,7 @@ __all__ = [
     "sample_edit",
     "sample_prompted_scene",
     "sample_question",
+    "sample_relation",
     "split_words",
     "vocabulary",
 ]

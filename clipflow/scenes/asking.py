@@ -82,23 +82,29 @@ def _absent_look(dice: Dice, looks: list[Look]) -> Look:
             return color, shape
 
 
-def _position(dice: Dice, scene: Scene) -> Asked | None:
+def _relation(dice: Dice, scene: Scene) -> tuple[str, str, str] | None:
+    """(shape, relation, shape) of two objects that stand so clearly, each alone of its shape."""
     shapes = [o.shape for o in scene.objects]
     alone = [o for o in scene.objects if shapes.count(o.shape) == 1]
     pairs = [
-        (first, second, relation)
+        (first.shape, relation, second.shape)
         for first in alone
         for second in alone
         for relation in RELATIONS
         if first is not second and stands(first, relation, second, CLEAR_BY)
     ]
-    if not pairs:
+    return dice.choice(pairs) if pairs else None
+
+
+def _position(dice: Dice, scene: Scene) -> Asked | None:
+    found = _relation(dice, scene)
+    if found is None:
         return None
-    first, second, relation = dice.choice(pairs)
+    first, relation, second = found
     answer = "yes" if dice.chance(0.5) else "no"
     if answer == "no":
         relation = dice.choice([other for other in RELATIONS if other != relation])
-    return f"is the {first.shape} {relation} the {second.shape}?", answer
+    return f"is the {first} {relation} the {second}?", answer
 
 
 def _background(dice: Dice, scene: Scene) -> Asked | None:
@@ -128,6 +134,16 @@ def sample_question(rng: Rng, scene: Scene, kind: str) -> Asked | None:
             f"sample_question: kind must be one of {', '.join(QUESTION_KINDS)}, got {kind!r}"
         )
     return _ASKERS[kind](Dice.of(rng), scene)
+
+
+def sample_relation(rng: Rng, scene: Scene) -> Asked | None:
+    """A lesson for training: two objects, answered by how they stand, "left of".
+
+    Yes or no about a relation depends on the word and on the picture only together, and is learned
+    late; the relation itself can be told from where either object is.
+    """
+    found = _relation(Dice.of(rng), scene)
+    return found and (f"describe the {found[0]} with the {found[2]}.", found[1])
 
 
 def questions(scene: Scene, rng: Rng) -> list[Asked]:

@@ -23,7 +23,14 @@ from clipflow.training.checkpoint import sha256, writing
 from clipflow.training.loop import Stage, fit
 from clipflow.training.recipe import Recipe, find_recipe
 
-SCENES = ("understanding", "reconstruction1", "reconstruction2", "generation", "editing")
+SCENES = (
+    "understanding",
+    "relations",
+    "reconstruction1",
+    "reconstruction2",
+    "generation",
+    "editing",
+)
 # What may change between two pieces of a run: how long and where it runs, not what it learns.
 _MAY_CHANGE = ("steps", "minutes", "checkpoint_every", "log_every", "compile")
 _OPTIONS_MAY_CHANGE = ("threads", "device", "prefetch")
@@ -66,7 +73,7 @@ def train_scenes(out: Path, *, scale: float = 1.0, progress: bool = True) -> Pat
     """Train the scenes model from nothing: all recipes in order, each resumable.
 
     Args:
-        out: folder of the five runs.
+        out: folder of the six runs.
         scale: factor on steps, minutes and warm-up of every recipe; 1.0 makes the shipped model.
         progress: show a bar on stderr.
 

@@ -1,8 +1,9 @@
 """Dense naming: every image feature, read by the LM's own head, names what stands at its place.
 
-    features [B, N, H] -> rms norm -> lm_head -> cross-entropy among the colors, and the shapes
+    features [B, N, H] -> rms norm -> lm_head -> cross-entropy among the colors, and the shapes,
+                                                 and by degrees of left to right, top to bottom
 
-Answers alone teach a vision tower slowly, some six words a picture; this gives it 2 N. The head is
+Answers alone teach a vision tower slowly, some six words a picture; this gives it 4 N. The head is
 the model's own, so nothing is added to it, and the features come to lie where the LM has its words.
 """
 
@@ -24,6 +25,7 @@ from clipflow.training.stages.scene_data import SceneText
 
 COLORS = (*COLOR_NAMES, *BACKGROUND_NAMES)
 FORMS = (*SHAPES, "background")
+SIDES = (("left", "right"), ("top", "bottom"))
 REACH = 8  # px around an object's center, on both axes, that count as its place
 
 
@@ -35,6 +37,7 @@ class Naming:
         self.side = vision.image_size // vision.patch_size // vision.shuffle
         self.colors = torch.tensor([text.ids(word)[0] for word in COLORS])
         self.forms = torch.tensor([text.ids(word)[0] for word in FORMS])
+        self.sides = torch.tensor([[text.ids(word)[0] for word in pair] for pair in SIDES])
 
     def labels(self, scenes: Sequence[Scene]) -> Tensor:
         """Indices into `COLORS` and `FORMS`: [B, N, 2] int64."""
@@ -48,9 +51,20 @@ class Naming:
         return torch.from_numpy(labels.reshape(len(scenes), -1, 2))
 
     def loss(self, model: UniLIPModel, features: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of color and shape of `features` [B, N, H]; `labels` [B, N, 2]."""
+        """Mean loss of color, shape and place of `features` [B, N, H]; `labels` [B, N, 2]."""
         logits = model.head(F.rms_norm(features, features.shape[-1:])).flatten(0, 1)
+        device = logits.device
         labels = labels.flatten(0, 1)
-        color = F.cross_entropy(logits[:, self.colors.to(logits.device)], labels[:, 0])
-        form = F.cross_entropy(logits[:, self.forms.to(logits.device)], labels[:, 1])
-        return color + form
+        color = F.cross_entropy(logits[:, self.colors.to(device)], labels[:, 0])
+        form = F.cross_entropy(logits[:, self.forms.to(device)], labels[:, 1])
+        said = logits[:, self.sides.to(device)].log_softmax(-1)
+        wanted = self.places().to(device).repeat(len(features), 1, 1)
+        place = F.kl_div(said, wanted, reduction="none").sum(-1).mean()
+        return color + form + place
+
+    def places(self) -> Tensor:
+        """How much of "left" and "right", "top" and "bottom" each feature is: [N, 2, 2], sums 1."""
+        ends = (torch.arange(self.side) + 0.5) / self.side
+        y, x = torch.meshgrid(ends, ends, indexing="ij")
+        second = torch.stack([x, y], dim=-1).flatten(0, 1)
+        return torch.stack([1 - second, second], dim=-1)

@@ -22,6 +22,7 @@ from clipflow.scenes import (
     random_scene,
     sample_asked_scene,
     sample_question,
+    sample_relation,
 )
 from clipflow.scenes.prompts import TAGS
 from clipflow.training.recipe import Recipe
@@ -34,8 +35,9 @@ PLAIN_TAGS = (*TAGS, "reasoning", "reasoning", "position")
 class Understanding:
     """Options.
 
-    `questions`: per picture. `plain_rows`: rows without a picture, per batch. `naming`: weight of
-    the dense naming loss.
+    `questions`: per picture; `kinds`: how often each kind is asked, 1 where not named.
+    `relations`: lessons of `sample_relation` per picture. `plain_rows`: rows without a picture, per
+    batch. `naming`: weight of the dense naming loss.
     """
 
     def setup(
@@ -45,7 +47,10 @@ class Understanding:
         self.text = SceneText(model.config)
         self.images_per_batch = recipe.batch_size
         self.questions = recipe.options.get("questions", 8)
+        self.relations = recipe.options.get("relations", 0)
         self.plain_rows = recipe.options.get("plain_rows", 16)
+        often = [recipe.options.get("kinds", {}).get(kind, 1.0) for kind in QUESTION_KINDS]
+        self.kinds = np.cumsum(often) / sum(often)
         self.naming_weight = recipe.options.get("naming", 0.5)
         self.naming = Naming(model, self.text)
 
@@ -53,15 +58,17 @@ class Understanding:
         rng = np.random.default_rng([self.recipe.seed, 1, step])
         scenes, rows = [], []
         for index in range(self.recipe.batch_size):
-            kind = QUESTION_KINDS[index % len(QUESTION_KINDS)]
+            kind = self._kind(index / self.recipe.batch_size)
             scene, *asked = (
                 (random_scene(rng, count=1),) if index % 8 == 7 else sample_asked_scene(rng, kind)
             )
             pairs = [tuple(asked)] if asked else []
             while len(pairs) < self.questions:
-                pair = sample_question(rng, scene, QUESTION_KINDS[rng.integers(7)])
+                pair = sample_question(rng, scene, self._kind(rng.random()))
                 if pair is not None:
                     pairs.append(pair)
+            lessons = (sample_relation(rng, scene) for _ in range(self.relations))
+            pairs += [lesson for lesson in lessons if lesson is not None]
             scenes.append(scene)
             rows.append(self.text.conversation(pairs))
         plain = []
@@ -74,6 +81,10 @@ class Understanding:
             "seen": pack(rows, self.text.pad),
             "plain": pack(plain, self.text.pad) if plain else None,
         }
+
+    def _kind(self, share: float) -> str:
+        """The kind of question at `share`, in [0, 1), of them all."""
+        return QUESTION_KINDS[int(np.searchsorted(self.kinds, share, side="right"))]
 
     def loss(self, batch: dict, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         features = self.model.encode_image(batch["pixel_values"].to(self.device))
