@@ -1,6 +1,7 @@
 """The language of the scenes: what is said is true, held-out pairs stay out, words are known."""
 
 import itertools
+import re
 from collections import Counter
 
 import numpy as np
@@ -32,6 +33,7 @@ from clipflow.scenes import (
     sample_edit,
     sample_prompted_scene,
     sample_question,
+    sample_relation,
     split_words,
     vocabulary,
 )
@@ -169,6 +171,16 @@ def test_answers_are_true(rng):
 def test_answers_are_balanced(kind, rng):
     answers = Counter(sample_asked_scene(rng, kind)[2] for _ in range(1000))
     assert max(answers.values()) < 1.7 * min(answers.values())
+
+
+def test_relation_lessons_answer_position_questions(rng):
+    for _ in range(200):
+        scene, question, answer = sample_asked_scene(rng, "position")
+        asked, relation = sample_relation(rng, scene)
+        first, second = re.fullmatch(r"describe the (\w+) with the (\w+)\.", asked).groups()
+        if question.startswith(f"is the {first} ") and question.endswith(f" {second}?"):
+            assert (f" {relation} " in question) == (answer == "yes")
+    assert sample_relation(rng, random_scene(rng, count=1)) is None
 
 
 def test_training_never_shows_a_held_out_pair(rng):
