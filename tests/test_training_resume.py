@@ -112,9 +112,9 @@ def test_finished_run_only_restores(finished):
     assert seen == []
 
 
-def test_without_prefetch_the_same(finished, tmp_path):
+def test_with_prefetch_the_same(finished, tmp_path):
     _, expected = finished
-    assert_same_bits(run(tmp_path / "plain", options={"prefetch": False}), expected)
+    assert_same_bits(run(tmp_path / "ahead", options={"prefetch": True}), expected)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -40,7 +40,7 @@ class Recipe:
         trainable: parameter-name prefixes to train; everything else is frozen. Empty: train all.
         init: name of the recipe whose result starts this run, or a model folder; None: untrained.
         options: the stage's own, and `threads` (torch CPU threads), `device`, `prefetch` (build
-            the next batch in a thread; default true).
+            the next batch in a thread; default: on a GPU).
         compile: the stage may wrap what it likes in torch.compile.
     """
 
