@@ -20,9 +20,11 @@ from torch import Tensor
 
 from clipflow.models.unilip import UniLIPModel
 from clipflow.sampling.flow_matching import draw_times, flow_matching_loss, interpolate
-from clipflow.scenes import Scene, sample_edit, sample_prompted_scene
+from clipflow.scenes import Scene, draw_scene, make_prompt, plain_form, sample_edit
+from clipflow.scenes.world import Dice
 from clipflow.training.recipe import Recipe
 from clipflow.training.stages.alignment import Alignment
+from clipflow.training.stages.naming import QueryNaming
 from clipflow.training.stages.scene_data import SceneText, pixel_values
 
 FROZEN = ("vision_tower", "multi_modal_projector", "language_model", "vae_decoder")
@@ -43,16 +45,18 @@ class Pool(NamedTuple):
     """What is drawn: texts, their targets, and for edits the features of the picture before."""
 
     texts: list[str]
+    meanings: list[str]  # of the texts, in plain words
     latents: Tensor  # [N, C, h, w], times unilip_factor
     targets: Tensor  # [N, tokens, H] float16, the features that the latents are made of
     features: Tensor | None = None  # [N, tokens, H] float16
 
 
 class Batch(NamedTuple):
-    """Token rows, image features for edits, the clean latents and their features."""
+    """Token rows, the words they mean, features for edits, the clean latents and their features."""
 
     input_ids: Tensor
     attention_mask: Tensor
+    words: Tensor
     features: Tensor | None
     latents: Tensor
     targets: Tensor
@@ -66,6 +70,7 @@ class Generation:
     `time_mean`, `time_std`: of the logit-normal times; `shift`: of the training times.
     `alignment`: weight of the representation alignment at block `alignment_depth`; it falls to 0
     by the share `alignment_until` of the recipe's steps, when details matter more.
+    `naming`: weight of the loss that has the queries say the prompt's meaning.
     """
 
     def setup(
@@ -90,6 +95,8 @@ class Generation:
         self.pictures = prompted_pool(model, rng, options.get("pictures", 40_000), tags, device)
         edits = options.get("edits", 0)
         self.edits = edited_pool(model, rng, edits, device) if edits else None
+        self.naming_weight = options.get("naming", 0.3)
+        self.naming = QueryNaming(model, self.text)
         self.alignment_weight = options.get("alignment", 0.5)
         self.alignment_steps = options.get("alignment_until", 0.7) * recipe.steps
         self.alignment = Alignment(
@@ -105,16 +112,21 @@ class Generation:
         dropped = rng.random(len(chosen)) < self.dropout
         asked = [None if drop else pool.texts[i] for i, drop in zip(chosen, dropped, strict=True)]
         texts = [write(text) for text in asked]
+        meant = [
+            None if drop else pool.meanings[i] for i, drop in zip(chosen, dropped, strict=True)
+        ]
         ids, mask = left_padded([self.text.ids(text) for text in texts], self.text.pad)
         chosen = torch.from_numpy(chosen)
         features = pool.features[chosen].float() if editing else None
-        return Batch(ids, mask, features, pool.latents[chosen], pool.targets[chosen].float())
+        targets = pool.targets[chosen].float()
+        return Batch(ids, mask, self.naming.labels(meant), features, pool.latents[chosen], targets)
 
     def loss(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         batch = Batch(*(None if t is None else t.to(self.device) for t in batch))
         condition = self.model.encode_condition(
             batch.input_ids, batch.attention_mask, batch.features
         )
+        words = self.naming.loss(self.model, batch.words)
         K = self.noises
         latents = batch.latents.repeat(K, 1, 1, 1)
         times = draw_times(len(latents), device=self.device, **self.times)
@@ -128,9 +140,9 @@ class Generation:
         flow = flow_matching_loss(velocity, target)
         alignment = self.alignment.loss(batch.targets.repeat(K, 1, 1))
         kind = "draw" if batch.features is None else "edit"
-        metrics = {kind: flow.detach(), "alignment": alignment.detach()}
+        metrics = {kind: flow.detach(), "alignment": alignment.detach(), "words": words.detach()}
         weight = self.alignment_weight * max(0.0, 1 - step / self.alignment_steps)
-        return flow + weight * alignment, metrics
+        return flow + weight * alignment + self.naming_weight * words, metrics
 
 
 def prompted_pool(
@@ -144,8 +156,13 @@ def prompted_pool(
     names = list(tags)
     shares = np.array([tags[name] for name in names], dtype=float)
     drawn = rng.choice(len(names), size=count, p=shares / shares.sum())
-    texts, scenes = zip(*(sample_prompted_scene(rng, names[i]) for i in drawn), strict=True)
-    return Pool(list(texts), *encoded(model, scenes, rng, device))
+    prompts, scenes = [], []
+    for index in drawn:
+        dice = Dice(rng)
+        prompts.append(make_prompt(dice, names[index], seen=True))
+        scenes.append(draw_scene(dice, prompts[-1]))
+    texts, meanings = [p.text for p in prompts], [plain_form(p) for p in prompts]
+    return Pool(texts, meanings, *encoded(model, scenes, rng, device))
 
 
 def edited_pool(
@@ -155,7 +172,7 @@ def edited_pool(
     edits = [sample_edit(rng) for _ in range(count)]
     befores, texts, afters = zip(*edits, strict=True)
     _, features = encoded(model, befores, rng, device)
-    return Pool(list(texts), *encoded(model, afters, rng, device), features)
+    return Pool(list(texts), list(texts), *encoded(model, afters, rng, device), features)
 
 
 @torch.no_grad()

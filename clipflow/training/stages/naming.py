@@ -15,13 +15,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipflow.models.unilip import UniLIPModel
 from clipflow.scenes import Scene
 from clipflow.scenes.world import BACKGROUND_NAMES, CANVAS, COLOR_NAMES, SHAPES
-from clipflow.training.stages.scene_data import SceneText
+from clipflow.training.stages.scene_data import IGNORED, SceneText
 
 COLORS = (*COLOR_NAMES, *BACKGROUND_NAMES)
 FORMS = (*SHAPES, "background")
@@ -68,3 +68,38 @@ class Naming:
         y, x = torch.meshgrid(ends, ends, indexing="ij")
         second = torch.stack([x, y], dim=-1).flatten(0, 1)
         return torch.stack([1 - second, second], dim=-1)
+
+
+class QueryNaming:
+    """The same for drawing: what the connector makes of the queries, read by the LM's head, says
+    the prompt's meaning, one word a query.
+
+    Which of two things is left or right moves the velocities little and late, so a connector
+    trained by them alone drops the word; and a DiT that is not told cannot ask for it.
+    """
+
+    def __init__(self, model: UniLIPModel, text: SceneText) -> None:
+        self.text, self.count = text, model.config.n_query
+        self.hidden: Tensor | None = None
+        model.llm_connector.register_forward_hook(self._keep)
+
+    def labels(self, meanings: Sequence[str | None]) -> Tensor:
+        """Ids of the words [B, n_query] int64; `IGNORED` after them and where there is None."""
+        labels = torch.full((len(meanings), self.count), IGNORED)
+        for label, meaning in zip(labels, meanings, strict=True):
+            words = [] if meaning is None else self.text.ids(meaning)[: self.count]
+            label[: len(words)] = torch.tensor(words, dtype=torch.long)
+        return labels
+
+    def loss(self, model: UniLIPModel, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of `labels` [B, n_query] in the connector's last forward pass."""
+        if self.hidden is None:
+            raise RuntimeError("query naming: the connector must run before its loss is asked")
+        hidden, self.hidden = self.hidden[:, -self.count :], None
+        said = labels != IGNORED
+        if not said.any():
+            return hidden.sum() * 0
+        return F.cross_entropy(model.head(hidden[said]), labels[said])
+
+    def _keep(self, connector: nn.Module, args: tuple, hidden: Tensor) -> None:
+        self.hidden = hidden
