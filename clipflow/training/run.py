@@ -29,6 +29,7 @@ SCENES = (
     "reconstruction1",
     "reconstruction2",
     "generation",
+    "meaning",
     "editing",
 )
 # What may change between two pieces of a run: how long and where it runs, not what it learns.
@@ -73,7 +74,7 @@ def train_scenes(out: Path, *, scale: float = 1.0, progress: bool = True) -> Pat
     """Train the scenes model from nothing: all recipes in order, each resumable.
 
     Args:
-        out: folder of the six runs.
+        out: folder of the seven runs.
         scale: factor on steps, minutes and warm-up of every recipe; 1.0 makes the shipped model.
         progress: show a bar on stderr.
 
