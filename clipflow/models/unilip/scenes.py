@@ -70,7 +70,7 @@ def scenes_config(vocab_size: int, tokens: TokenIds) -> UniLIPConfig:
         unilip_factor=1.0,
         flow_shift=3.0,
         output_size=64,
-        default_guidance_scale=3.0,
+        default_guidance_scale=1.5,
         image_mean=(0.5, 0.5, 0.5),
         image_std=(0.25, 0.25, 0.25),
         system_message="",
