@@ -302,9 +302,9 @@ def test_train_scenes_chains_the_recipes(tmp_path, toy_stages, monkeypatch):
     final = run.train_scenes(tmp_path / "out", scale=0.5, progress=False)
     assert final == tmp_path / "out/editing/final"
     assert sources == [None, *run.SCENES[:-1]]
-    assert toy_stages == [0, 1, 2] * 5
+    assert toy_stages == [0, 1, 2] * len(run.SCENES)
     run.train_scenes(tmp_path / "out", scale=0.5, progress=False)
-    assert len(toy_stages) == 15
+    assert len(toy_stages) == 3 * len(run.SCENES)
 
 
 def test_muon_orthogonalizes_its_update():
