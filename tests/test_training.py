@@ -19,6 +19,7 @@ from clipflow.training import checkpoint, loop, muon, optim, run, schedule
 from clipflow.training.ema import EMA, ramped_decay
 from clipflow.training.loop import fit
 from clipflow.training.recipe import Recipe, find_recipe
+from clipflow.training.report import Report
 
 YAML = """
 name: toy
@@ -305,6 +306,16 @@ def test_train_scenes_chains_the_recipes(tmp_path, toy_stages, monkeypatch):
     assert toy_stages == [0, 1, 2] * len(run.SCENES)
     run.train_scenes(tmp_path / "out", scale=0.5, progress=False)
     assert len(toy_stages) == 3 * len(run.SCENES)
+
+
+def test_a_metric_of_some_steps_is_a_mean_over_those(tmp_path):
+    with Report(tmp_path, "toy", step=0, steps=4, log_every=4, bar=False) as report:
+        for step in range(4):
+            metrics = {"edit": 3.0} if step == 1 else {}
+            report.add(torch.tensor(float(step)), metrics, 1)
+        report.flush(4, lr=0.1, elapsed=1.0, done=1.0, force=False)
+    line = json.loads((tmp_path / "log.jsonl").read_text())
+    assert (line["loss"], line["edit"]) == (1.5, 3.0)
 
 
 def test_muon_orthogonalizes_its_update():

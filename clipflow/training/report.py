@@ -37,6 +37,7 @@ class Report:
         self.steps = steps
         self.log_every = log_every
         self.sums: dict[str, float | Tensor] = {}
+        self.counts: dict[str, int] = {}
         self.count = 0
         self.images = 0
         self.since = time.monotonic()
@@ -68,6 +69,7 @@ class Report:
         for name, value in {"loss": loss, **metrics}.items():
             value = value.detach() if isinstance(value, Tensor) else value
             self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
         self.count += 1
         self.images += images
 
@@ -79,7 +81,8 @@ class Report:
         """
         if not self.count or (step % self.log_every and not force):
             return
-        means = {name: float(total) / self.count for name, total in self.sums.items()}
+        # A metric of some steps only ("edit") is a mean over those.
+        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
         for name in ("loss", "grad_norm"):
             if not math.isfinite(means.get(name, 0.0)):
                 raise ValueError(
@@ -94,7 +97,8 @@ class Report:
         if force or now - self.shown >= self.patience:
             self._show(step, lr, rate, elapsed, done)
             self.shown = now
-        self.sums, self.count, self.images, self.since = {}, 0, 0, now
+        self.sums, self.counts = {}, {}
+        self.count, self.images, self.since = 0, 0, now
 
     def _show(self, step: int, lr: float, rate: float, elapsed: float, done: float) -> None:
         left = tqdm.format_interval(elapsed * (1 - done) / max(done, 1e-9))
