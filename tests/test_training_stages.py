@@ -15,7 +15,7 @@ from clipflow.training.run import SCENES, stage_of
 from clipflow.training.scenes_model import untrained
 from clipflow.training.stages.alignment import Alignment
 from clipflow.training.stages.generation import prompted_pool
-from clipflow.training.stages.naming import COLORS, FORMS, Naming
+from clipflow.training.stages.naming import COLORS, FORMS, Naming, QueryNaming
 from clipflow.training.stages.reconstruction import moments, picture_loss
 from clipflow.training.stages.scene_data import IGNORED, SceneText, pack, pixel_values
 from clipflow.training.stages.understanding import answer_loss
@@ -139,6 +139,26 @@ class TestNaming:
             )
         ]
         assert all(1.2 * losses[0] < wrong for wrong in losses[1:]), losses
+
+
+class TestQueryNaming:
+    def test_labels_are_the_words_and_nothing_after(self, model, text):
+        labels = QueryNaming(model, text).labels(["a red star", None])
+        assert labels.shape == (2, model.config.n_query)
+        assert labels[0, :3].tolist() == list(text.ids("a red star"))
+        assert (labels[0, 3:] == IGNORED).all() and (labels[1] == IGNORED).all()
+
+    def test_loss_reads_the_last_positions(self, model, text):
+        naming = QueryNaming(model, text)
+        with pytest.raises(RuntimeError, match="must run before"):
+            naming.loss(model, naming.labels(["a red star"]))
+        hidden = torch.randn(1, 40, 128)
+        naming._keep(model.llm_connector, (), hidden)
+        labels = naming.labels(["a red star"])
+        wanted = F.cross_entropy(model.head(hidden[0, -16:-13]), labels[0, :3])
+        torch.testing.assert_close(naming.loss(model, labels), wanted)
+        naming._keep(model.llm_connector, (), hidden)
+        assert naming.loss(model, naming.labels([None])) == 0
 
 
 def naming_model(words):
