@@ -26,7 +26,8 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpret
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py tests/test_ops_properties.py \
+	    tests/triton_interpret
 
 bench: $(READY)
 	$(BIN)/python benchmarks/ops.py

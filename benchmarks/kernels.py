@@ -69,12 +69,12 @@ def triton_rows(archs: tuple[str, ...]) -> list[dict[str, object]]:
     if find_spec("triton") is None:
         print("Triton is not installed: its kernels are left out", file=sys.stderr)
         return []
-    from benchmarks.triton_aot import compile_launch, op_launches  # needs Triton
+    from benchmarks.triton_aot import compile_launch, largest_launches  # needs Triton
 
     rows = []
     for op in (op for op in all_ops() if "triton" in op.backends):
         for dtype in (torch.float32, torch.bfloat16):
-            for launch in op_launches(op, dtype):
+            for launch in largest_launches(op, dtype):
                 for arch in archs:
                     found = vars(compile_launch(launch, capability_of(arch))[0]).copy()
                     found["kernel"] += f" {str(dtype).removeprefix('torch.')}"

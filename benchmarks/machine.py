@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import json
 import os
@@ -61,6 +62,19 @@ def _commit() -> str | None:
         text=True,
     )
     return done.stdout.strip() or None
+
+
+def keep_freed_memory() -> None:
+    """Make glibc hand freed memory out again instead of unmapping it.
+
+    Otherwise each result above 32 MB is mapped anew and the system zeroes it page by page, which
+    took ten times as long as the kernel under test. Applies to all contenders alike.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool) -> dict[str, float]:

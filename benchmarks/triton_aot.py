@@ -66,19 +66,31 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def op_launches(op: Op, dtype: torch.dtype) -> list[Launch]:
-    """Every Triton launch of `op`, forward and backward, at the largest of its promised cases."""
+    """Every Triton launch of `op`, forward and backward, the largest promised case first."""
     device = torch.device("cpu")
-    case = max(op.cases, key=lambda case: case.inputs(device, dtype)[0].numel())
-    inputs = [tensor.requires_grad_() for tensor in case.inputs(device, dtype)]
+    cases = sorted(op.cases, key=lambda case: -case.inputs(device, dtype)[0].numel())
     accepted = registry.TRITON_INTERPRETED
     registry.TRITON_INTERPRETED = True  # CPU tensors are refused elsewhere: nothing is run here
     try:
         with recorded_launches() as launches:
-            out = op.public(*inputs, backend="triton", **case.options(device))
-            out.backward(torch.zeros_like(out))
+            for case in cases:
+                inputs = case.inputs(device, dtype)
+                inputs = [tensor.requires_grad_(op.differentiable) for tensor in inputs]
+                out = op.public(*inputs, backend="triton", **case.options(device))
+                if op.differentiable:
+                    outs = [out] if isinstance(out, torch.Tensor) else list(out)
+                    torch.autograd.grad(outs, inputs, [torch.zeros_like(o) for o in outs])
     finally:
         registry.TRITON_INTERPRETED = accepted
     return launches
+
+
+def largest_launches(op: Op, dtype: torch.dtype) -> list[Launch]:
+    """The first launch of each kernel in `op_launches`: that of the largest case."""
+    first: dict[str, Launch] = {}
+    for launch in op_launches(op, dtype):
+        first.setdefault(launch.kernel.fn.__name__, launch)
+    return list(first.values())
 
 
 def compile_launch(launch: Launch, capability: int) -> tuple[Resources, bytes]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -24,56 +25,88 @@ NAMESPACE = "clipflow"
 BACKENDS = ("auto", "eager", "native", "triton")
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+Output = Tensor | tuple[Tensor, ...]
+
 _library = torch.library.Library(NAMESPACE, "DEF")
 _ops: dict[str, Op] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One promised working point: a name for test ids, and the arguments it stands for.
+    """One working point: a name for test ids, and the arguments it stands for.
 
-    `inputs(device, dtype)` returns the tensors to differentiate, in positional order;
-    `options(device)` the keyword arguments of the public function that go with them. A `large` case
-    is timed, and tested once instead of in every way.
+    `inputs(device, dtype)` returns the floating tensors, in positional order, which are the ones to
+    differentiate; `options(device)` the keyword arguments of the public function that go with them.
+    Inputs at the positions `shared` have no batch dimension, such as weights; the first dimension
+    of all others is the batch.
     """
 
     name: str
     inputs: Callable[[torch.device, torch.dtype], tuple[Tensor, ...]]
     options: Callable[[torch.device], dict[str, object]] = lambda device: {}
-    large: bool = False
+    shared: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Implementation:
-    """How one backend runs an op. `refusal` returns why it cannot run this call, or None.
+    """How one backend runs an op.
 
-    `backward` is None where autograd differentiates `forward` itself, as it does for eager.
+    `refusal(x, *details)` returns why it cannot run a call whose first tensor is `x`, or None;
+    `details` is whatever more the op tells it. `backward` is None where autograd differentiates
+    `forward` itself, as it does for eager, and where the op has no gradient.
     """
 
-    forward: Callable[..., Tensor]
-    backward: Callable[..., tuple[Tensor | None, ...]] | None
-    refusal: Callable[[Tensor], str | None]
+    forward: Callable[..., Output]
+    backward: Callable[..., Tensor | tuple[Tensor | None, ...]] | None
+    refusal: Callable[..., str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
     """A fused op. `reference` is its meaning; every backend must agree with it.
 
-    `schemas` and `fakes` name the compiled ops, forward and backward, that share the op's name.
-    `order` is what "auto" tries, set by measurement.
+    Attributes:
+        schemas, fakes: the compiled ops, forward and backward, that share the op's name.
+        public: what users call; its keyword `backend` chooses.
+        order: what "auto" tries, set by measurement.
+        cases: small working points, tested in every way; the second has odd sizes.
+        timed: the sizes of real models, which benchmarks time.
+        of_length: the working point with that many tokens, everything else the same.
+        any_case: a working point drawn at random, for property tests: sizes, broadcast forms and
+            options anywhere in what the op promises, with at most about 2**16 elements.
+        traffic: bytes that must be moved, in words and symbols, e.g. "read x, write y".
+        flops: arithmetic operations of a call, from its inputs.
+        differentiable: whether the op has gradients.
+        exact: whether every backend has eager's very bits in float32.
+        batch_invariant: whether a sample's bits are the same in every batch and thread count.
+        truth: exact values in float64 from (inputs, options), to measure errors against, where
+            that is not the reference on float64 inputs: for ops that round on purpose.
+        decoded: what of the output to compare, as floating tensors; for quantized outputs.
     """
 
     name: str
     schemas: Mapping[str, str]
     fakes: Mapping[str, Callable[..., object]]
-    public: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
+    public: Callable[..., Output]
+    reference: Callable[..., Output]
     backends: Mapping[str, Implementation]
     order: tuple[str, ...]
     cases: tuple[Case, ...]
+    timed: tuple[Case, ...]
+    of_length: Callable[[int], Case]
+    any_case: Callable[[random.Random], Case]
+    traffic: str
+    flops: Callable[..., int]
+    differentiable: bool = True
+    exact: bool = False
+    batch_invariant: bool = True
+    truth: Callable[..., Output] | None = None
+    decoded: Callable[[Output], Output] = lambda output: output
 
-    def select(self, x: Tensor, backend: str) -> str:
+    def select(self, x: Tensor, backend: str, *details: object) -> str:
         """Return the name of the backend that runs a call on `x`.
+
+        `details` is what the op's backends need to know beside `x` to say whether they can.
 
         Raises:
             BackendUnavailable: a backend was named and refuses. A named backend never falls back.
@@ -82,18 +115,18 @@ class Op:
             backend = _chosen
         if backend == "auto":
             for name in self.order:
-                if self.backends[name].refusal(x) is None:
+                if self.backends[name].refusal(x, *details) is None:
                     return name
-        reason = self.refusal(x, backend)
+        reason = self.refusal(x, backend, *details)
         if reason is not None:
             raise BackendUnavailable(f"{self.name}: backend {backend!r} {reason}")
         return backend
 
-    def refusal(self, x: Tensor, backend: str) -> str | None:
+    def refusal(self, x: Tensor, backend: str, *details: object) -> str | None:
         """Why `backend` cannot run a call on `x`, or None."""
         if backend not in self.backends:
             return f"is not one of {sorted(self.backends)}"
-        return self.backends[backend].refusal(x)
+        return self.backends[backend].refusal(x, *details)
 
 
 def register(op: Op) -> Op:
@@ -110,21 +143,21 @@ def all_ops() -> tuple[Op, ...]:
     return tuple(_ops.values())
 
 
-def eager(reference: Callable[..., Tensor]) -> Implementation:
+def eager(reference: Callable[..., Output]) -> Implementation:
     """Plain PyTorch, which runs anywhere and which autograd differentiates."""
-    return Implementation(forward=reference, backward=None, refusal=lambda x: None)
+    return Implementation(forward=reference, backward=None, refusal=lambda x, *_: None)
 
 
 def native(
     name: str,
-    forward: Callable[..., Tensor],
-    backward: Callable[..., tuple[Tensor | None, ...]],
+    forward: Callable[..., Output],
+    backward: Callable[..., Tensor | tuple[Tensor | None, ...]] | None = None,
 ) -> Implementation:
     """The compiled kernel `clipflow::<name>`; PyTorch picks CPU or CUDA by the tensors' device."""
     devices = extension.native_devices(name)
     on_cpu, on_cuda = "cpu" in devices, "cuda" in devices
 
-    def refusal(x: Tensor) -> str | None:
+    def refusal(x: Tensor, *_: object) -> str | None:
         if (on_cpu and x.is_cpu) or (on_cuda and x.is_cuda and x.dtype != torch.float64):
             return None
         if on_cuda and x.is_cuda:
@@ -136,12 +169,13 @@ def native(
 
 
 def triton(
-    forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor | None, ...]]
+    forward: Callable[..., Output],
+    backward: Callable[..., Tensor | tuple[Tensor | None, ...]] | None = None,
 ) -> Implementation:
     """A Triton kernel: CUDA tensors, or any tensor in Triton's interpreter (TRITON_INTERPRET=1)."""
     installed = importlib.util.find_spec("triton") is not None
 
-    def refusal(x: Tensor) -> str | None:
+    def refusal(x: Tensor, *_: object) -> str | None:
         if not installed:
             return "needs the package triton, which is not installed"
         if x.device.type != "cuda" and not TRITON_INTERPRETED:

@@ -1,9 +1,21 @@
 """Shared by all tests: a fixed seed, and NaN in every uninitialized tensor."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# Drawn sizes differ a thousandfold; the autouse fixture has nothing that must be made anew.
+_PROPERTIES = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+}
+settings.register_profile("default", max_examples=100, derandomize=True, **_PROPERTIES)
+settings.register_profile("thorough", max_examples=2000, **_PROPERTIES)
+settings.register_profile("interpreter", max_examples=12, derandomize=True, **_PROPERTIES)
+settings.load_profile("interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "default")
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,8 @@ Source: Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), sec
 
 from __future__ import annotations
 
+import random
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -125,13 +127,18 @@ def _fake_backward(
     return torch.empty_like(x), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
 
 
-def _case(B: int, L: int, D: int, *, large: bool = False) -> Case:
+def _case(B: int, L: int, D: int) -> Case:
     def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         x = torch.randn(B, L, D, device=device, dtype=dtype)
         shift, scale = torch.randn(B, 2 * D, device=device, dtype=dtype).chunk(2, dim=-1)
         return x, shift, scale
 
-    return Case(name=f"B{B}-L{L}-D{D}", inputs=inputs, large=large)
+    return Case(name=f"B{B}-L{L}-D{D}", inputs=inputs)
+
+
+def _any_case(rng: random.Random) -> Case:
+    D = rng.choice([rng.randint(1, 140), rng.randint(1, 8192)])
+    return _case(rng.randint(0, 3), rng.randint(0, max(1, 2**15 // D)), D)
 
 
 OP = register(
@@ -151,14 +158,17 @@ OP = register(
             "triton": triton(_triton, _triton_backward),
         },
         order=("native", "triton", "eager"),
-        # One token; odd sizes that leave a masked tail; DiT-sized blocks, SANA-1.6B's last.
+        # One token; odd sizes that leave a masked tail; the embedded model's block.
         cases=(
             _case(1, 1, 8),
             _case(3, 17, 77),
             _case(2, 64, 192),
-            _case(2, 256, 1152, large=True),
-            _case(2, 1024, 2240, large=True),
         ),
+        timed=tuple(_case(2, L, D) for D in (192, 1152, 1792, 2240) for L in (64, 256, 1024, 2048)),
+        of_length=lambda L: _case(2, L, 24),
+        any_case=_any_case,
+        traffic="read x, write y; shift and scale are B * D values each",
+        flops=lambda x, *_: 8 * x.numel(),
     )
 )
 

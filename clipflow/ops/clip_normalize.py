@@ -14,6 +14,7 @@ Source: BLIP3-o (2025), section 3, diffuses pooled CLIP features; UniLIP (2025) 
 from __future__ import annotations
 
 import math
+import random
 
 import torch
 import torch.nn.functional as F
@@ -197,7 +198,6 @@ def _case(
     *,
     pool: int = 1,
     inverse: bool = False,
-    large: bool = False,
 ) -> Case:
     def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (torch.randn(B, N, C, device=device, dtype=dtype),)
@@ -211,7 +211,16 @@ def _case(
 
     name = f"B{B}-N{N}-C{C}-{mode}" + (f"-pool{pool}" if pool > 1 else "")
     name += "-inverse" if inverse else ""
-    return Case(name=name, inputs=inputs, options=options, large=large)
+    return Case(name=name, inputs=inputs, options=options)
+
+
+def _any_case(rng: random.Random) -> Case:
+    C = rng.choice([rng.randint(1, 140), rng.randint(1, 8192)])
+    mode, pool = rng.choice(MODES), rng.randint(1, 4)
+    most = max(1, math.isqrt(2**15 // C) // pool)
+    N = (pool * rng.randint(1, min(most, 4))) ** 2 if pool > 1 else rng.randint(0, most * most)
+    inverse = mode == "standardize" and pool == 1 and rng.random() < 0.5
+    return _case(rng.randint(0, 3), N, C, mode, pool=pool, inverse=inverse)
 
 
 OP = register(
@@ -231,7 +240,7 @@ OP = register(
             "native": native("clip_normalize", _native, _native_backward),
         },
         order=("native", "eager"),
-        # One token; odd sizes that leave a tail; pooled grids; the features of UniLIP and BLIP3-o.
+        # One token; odd sizes that leave a tail; pooled grids.
         cases=(
             _case(1, 1, 8, "l2"),
             _case(3, 17, 77, "l2"),
@@ -240,9 +249,17 @@ OP = register(
             _case(3, 17, 77, "standardize", inverse=True),
             _case(2, 36, 45, "l2", pool=2),
             _case(2, 36, 45, "layer", pool=3),
-            _case(2, 256, 896, "standardize", pool=4, large=True),
-            _case(2, 256, 1792, "layer", large=True),
         ),
+        timed=(
+            *(_case(B, 256, C, mode) for B, C in ((1, 896), (8, 1792)) for mode in MODES),
+            _case(2, 256, 896, "standardize", inverse=True),
+            _case(2, 1024, 1792, "l2", pool=4),
+            _case(2, 1024, 1792, "standardize", pool=4),
+        ),
+        of_length=lambda N: _case(2, N, 24, "standardize"),
+        any_case=_any_case,
+        traffic="read x, write y",
+        flops=lambda x, *_: 6 * x.numel(),
     )
 )
 

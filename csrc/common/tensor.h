@@ -44,7 +44,7 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& x,
 inline void check_rows(const char* op, const char* name, const Tensor& x, const Tensor& rows) {
   STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == x.size(0) && rows.size(1) == x.size(2), op,
                   ": ", name, " must be [", x.size(0), ", ", x.size(2), "]");
-  STD_TORCH_CHECK(rows.size(1) <= 1 || rows.stride(1) == 1, op, ": ", name,
+  STD_TORCH_CHECK(rows.numel() == 0 || rows.size(1) == 1 || rows.stride(1) == 1, op, ": ", name,
                   " must have contiguous rows, got stride ", rows.stride(1));
   STD_TORCH_CHECK(rows.scalar_type() == x.scalar_type(), op, ": ", name,
                   " must have the dtype of x");

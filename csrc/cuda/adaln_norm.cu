@@ -9,10 +9,10 @@
 // and then over chunks, in a fixed order and without atomics.
 
 #include <algorithm>
-#include <initializer_list>
 #include <tuple>
 
 #include "common/cuda_launch.h"
+#include "common/dispatch.cuh"
 #include "common/rows.cuh"
 #include "common/tensor.h"
 
@@ -355,19 +355,6 @@ void launch(const Call& call, bool aligned) {
   call.long_rows();
 }
 
-bool aligned16(std::initializer_list<const void*> pointers) {
-  return std::all_of(pointers.begin(), pointers.end(), [](const void* pointer) {
-    return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
-  });
-}
-
-// Smallest power of two that is not below `value`, at least 1.
-int64_t next_power_of_2(int64_t value) {
-  int64_t power = 1;
-  while (power < value) power *= 2;
-  return power;
-}
-
 Shape shape_of(const Tensor& x, int64_t shift_stride, int64_t scale_stride, double eps) {
   Shape shape{x.size(0), x.size(1), x.size(2), shift_stride, scale_stride, 0, 0,
               static_cast<float>(eps)};
@@ -375,22 +362,6 @@ Shape shape_of(const Tensor& x, int64_t shift_stride, int64_t scale_stride, doub
   shape.chunk_rows = std::clamp<int64_t>(next_power_of_2(shape.tokens) / 16, 4, 64);
   shape.chunks = (shape.tokens + shape.chunk_rows - 1) / shape.chunk_rows;
   return shape;
-}
-
-// Calls `run` with a null pointer of the tensor's element type.
-template <typename Run>
-void with_element(const Tensor& x, Run run) {
-  switch (x.scalar_type()) {
-    case torch::headeronly::ScalarType::Float:
-      return run(static_cast<float*>(nullptr));
-    case torch::headeronly::ScalarType::Half:
-      return run(static_cast<__half*>(nullptr));
-    case torch::headeronly::ScalarType::BFloat16:
-      return run(static_cast<__nv_bfloat16*>(nullptr));
-    default:
-      STD_TORCH_CHECK(false, "adaln_norm: x must be float32, bfloat16 or float16, got ",
-                      torch::headeronly::toString(x.scalar_type()));
-  }
 }
 
 Tensor adaln_norm_cuda(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps) {
@@ -402,7 +373,7 @@ Tensor adaln_norm_cuda(const Tensor& x, const Tensor& shift, const Tensor& scale
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Shape shape = shape_of(x, shift.stride(0), scale.stride(0), eps);
-  with_element(x, [&]<typename T>(T*) {
+  with_element("adaln_norm", x, [&]<typename T>(T*) {
     const Forward<T> call{static_cast<const T*>(x.data_ptr()),
                           static_cast<const T*>(shift.data_ptr()),
                           static_cast<const T*>(scale.data_ptr()),
@@ -436,7 +407,7 @@ std::tuple<Tensor, Tensor, Tensor> adaln_norm_backward_cuda(const Tensor& grad, 
   Tensor d_scale = torch::stable::new_empty(x, {B, D});
   Tensor partial = torch::stable::new_empty(x, {2, B, shape.chunks, D},
                                             torch::headeronly::ScalarType::Float);
-  with_element(x, [&]<typename T>(T*) {
+  with_element("adaln_norm", x, [&]<typename T>(T*) {
     const Backward<T> call{static_cast<const T*>(grad.data_ptr()),
                            static_cast<const T*>(x.data_ptr()),
                            static_cast<const T*>(scale.data_ptr()),
