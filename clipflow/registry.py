@@ -75,7 +75,7 @@ class Op:
         any_case: a working point drawn at random, for property tests: sizes, broadcast forms and
             options anywhere in what the op promises, with at most about 2**16 elements.
         traffic: bytes that must be moved, in words and symbols, e.g. "read x, write y".
-        flops: arithmetic operations of a call, from its inputs.
+        flops: arithmetic operations of a call, from its inputs and options.
         differentiable: whether the op has gradients.
         exact: whether every backend has eager's very bits in float32.
         batch_invariant: whether a sample's bits are the same in every batch and thread count.
