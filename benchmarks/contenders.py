@@ -15,34 +15,35 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from clipflow.registry import Op, Output
+from clipflow.registry import Case, Op, Output
 
-Options = dict[str, object]
 GENERAL_PEERS = ("eager", "inductor")
 
 
-def backends_of(op: Op, inputs: tuple[Tensor, ...], options: Options) -> dict[str, Callable]:
+def backends_of(op: Op, case: Case, inputs: tuple[Tensor, ...]) -> dict[str, Callable]:
     """A call of each backend that is willing to run `op` on `inputs`, by its name."""
+    public, options = case.of(op.public), case.options(inputs[0].device)
     return {
-        name: partial(op.public, *inputs, backend=name, **options)
+        name: partial(public, *inputs, backend=name, **options)
         for name in op.backends
         if op.refusal(inputs[0], name) is None
     }
 
 
-def compiled(op: Op, inputs: tuple[Tensor, ...], options: Options) -> Callable[[], Output]:
+def compiled(op: Op, case: Case, inputs: tuple[Tensor, ...]) -> Callable[[], Output]:
     """The op's reference under torch.compile at its best: static shapes, tuned on GPUs."""
     torch._dynamo.reset()  # no recompile limit
     mode = "max-autotune-no-cudagraphs" if inputs[0].is_cuda else None
-    call = torch.compile(op.public, fullgraph=True, dynamic=False, mode=mode)
-    return partial(call, *inputs, backend="eager", **options)
+    call = torch.compile(case.of(op.public), fullgraph=True, dynamic=False, mode=mode)
+    return partial(call, *inputs, backend="eager", **case.options(inputs[0].device))
 
 
-def special_peers(op: Op, inputs: tuple[Tensor, ...], options: Options) -> dict[str, Callable]:
+def special_peers(op: Op, case: Case, inputs: tuple[Tensor, ...]) -> dict[str, Callable]:
     """What `benchmarks/peers/<op>.py` puts beside the op: other libraries, or what it replaces."""
     name = f"benchmarks.peers.{op.name}"
     if importlib.util.find_spec(name) is None:
         return {}
+    options = case.options(inputs[0].device) | dict(zip(case.names, inputs, strict=False))
     return importlib.import_module(name).peers(inputs, options)
 
 
@@ -52,17 +53,18 @@ def tensors(output: Output) -> tuple[Tensor, ...]:
 
 
 def error_meter(
-    op: Op, inputs: tuple[Tensor, ...], options: Options
+    op: Op, case: Case, inputs: tuple[Tensor, ...]
 ) -> Callable[[Output], tuple[float, float]]:
     """A function of an output: its largest error against float64, and what is allowed.
 
     Allowed is twice eager's own error, plus one ulp. Of several outputs, the one that is furthest
     from what it is allowed.
     """
-    wide = tuple(t.double() for t in inputs)
-    exact = op.truth(*wide, **options) if op.truth else op.public(*wide, backend="eager", **options)
+    wide, options = tuple(t.double() for t in inputs), case.options(inputs[0].device)
+    run_eager = partial(case.of(op.public), backend="eager", **options)
+    exact = case.of(op.truth)(*wide, **options) if op.truth else run_eager(*wide)
     truth = tensors(op.decoded(exact))
-    eager = tensors(op.decoded(op.public(*inputs, backend="eager", **options)))
+    eager = tensors(op.decoded(run_eager(*inputs)))
     allowed = [
         2 * (e.double() - t).abs().max().item() + torch.finfo(e.dtype).eps * t.abs().max().item()
         for e, t in zip(eager, truth, strict=True)

@@ -95,11 +95,11 @@ def measure(
     op: Op, case: Case, device: torch.device, dtype: torch.dtype, args: argparse.Namespace
 ) -> tuple[list[Result], list[str]]:
     """Rows of one case, one a contender, and a line for each contender with wrong results."""
-    inputs, options = case.inputs(device, dtype), case.options(device)
-    calls = contenders.backends_of(op, inputs, options)
+    inputs = case.inputs(device, dtype)
+    calls = contenders.backends_of(op, case, inputs)
     if not args.quick:
-        calls["inductor"] = contenders.compiled(op, inputs, options)
-    measure_error = contenders.error_meter(op, inputs, options)
+        calls["inductor"] = contenders.compiled(op, case, inputs)
+    measure_error = contenders.error_meter(op, case, inputs)
     errors, wrong = {}, []
     for name, call in calls.items():
         errors[name], allowed = measure_error(call())
@@ -107,7 +107,7 @@ def measure(
             wrong.append(f"{op.name} {case.name} {name}: {errors[name]:.2e} > {allowed:.2e}")
             calls[name] = None
     timed: dict[str, Call] = {name: call for name, call in calls.items() if call is not None}
-    peers = contenders.special_peers(op, inputs, options)
+    peers = contenders.special_peers(op, case, inputs)
     moved = sum(t.nbytes for t in (*inputs, *contenders.tensors(timed["eager"]())))
     source = torch.empty(max(1, moved // 2), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -120,7 +120,7 @@ def measure(
     )
     named = [*peers, *GENERAL_PEERS]
     head = {"op": op.name, "case": case.name, "device": device.type, "dtype": args.dtype}
-    work = {"bytes": moved, "flops": op.flops(*inputs, **options)}
+    work = {"bytes": moved, "flops": case.of(op.flops)(*inputs, **case.options(device))}
     rows = [
         {
             **head, "backend": name, "peer": name in named, "error": errors.get(name),
@@ -151,8 +151,7 @@ def host_overhead(
 ) -> list[Result]:
     """Microseconds that one call costs beyond an empty Python call, on the op's smallest case."""
     case = min(op.cases, key=lambda case: case.inputs(device, dtype)[0].numel())
-    inputs, options = case.inputs(device, dtype), case.options(device)
-    calls = contenders.backends_of(op, inputs, options)
+    calls = contenders.backends_of(op, case, case.inputs(device, dtype))
     times = interleaved(
         {**calls, "empty": lambda: None},
         rounds=args.rounds,

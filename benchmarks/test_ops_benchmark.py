@@ -43,11 +43,11 @@ def timed(benchmark, call):
 @pytest.mark.parametrize(("op", "case", "backend"), GRID)
 def test_backend(benchmark, op, case, backend):
     torch.manual_seed(0)
-    inputs, options = case.inputs(DEVICE, torch.float32), case.options(DEVICE)
+    inputs = case.inputs(DEVICE, torch.float32)
     benchmark.group = f"{op.name} {case.name}"
     with torch.no_grad():
-        call = backends_of(op, inputs, options)[backend]
-        error, allowed = error_meter(op, inputs, options)(call())
+        call = backends_of(op, case, inputs)[backend]
+        error, allowed = error_meter(op, case, inputs)(call())
     assert error <= allowed, "wrong results are not timed"
     timed(benchmark, call)
 
@@ -57,7 +57,7 @@ def test_peers(benchmark, op):
     """The peers of benchmarks/peers/, at the op's first timed case."""
     torch.manual_seed(0)
     case = op.timed[0]
-    peers = special_peers(op, case.inputs(DEVICE, torch.float32), case.options(DEVICE))
+    peers = special_peers(op, case, case.inputs(DEVICE, torch.float32))
     if not peers:
         pytest.skip("no peers beside eager and torch.compile")
     benchmark.group = f"{op.name} {case.name}"

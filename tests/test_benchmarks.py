@@ -192,9 +192,10 @@ def test_a_fall_of_more_than_a_quarter_is_a_warning(tmp_path):
 
 def test_a_wrong_result_is_seen():
     op = next(op for op in all_ops() if op.name == "adaln_norm")
-    inputs = op.cases[1].inputs(torch.device("cpu"), torch.float32)
-    meter = error_meter(op, inputs, {})
-    right = op.public(*inputs)
+    case = op.cases[1]
+    inputs = case.inputs(torch.device("cpu"), torch.float32)
+    meter = error_meter(op, case, inputs)
+    right = case.of(op.public)(*inputs, **case.options(inputs[0].device))
     error, allowed = meter(right)
     assert error <= allowed
     error, allowed = meter(right + 1e-3)

@@ -19,7 +19,7 @@ def call_with(op, position, change):
     case = op.cases[1]
     inputs = list(case.inputs(CPU, torch.float32))
     inputs[position] = change(inputs[position])
-    return op.public(*inputs, **case.options(CPU))
+    return case.of(op.public)(*inputs, **case.options(CPU))
 
 
 @pytest.mark.parametrize(("op", "position"), POSITIONS)
@@ -60,4 +60,4 @@ def test_scalars(op, position):
 def test_unknown_backends(op):
     case = op.cases[0]
     with pytest.raises(BackendUnavailable, match=rf"^{op.name}: backend 'cuda' is not one of"):
-        op.public(*case.inputs(CPU, torch.float32), **case.options(CPU), backend="cuda")
+        case.of(op.public)(*case.inputs(CPU, torch.float32), **case.options(CPU), backend="cuda")
