@@ -1,0 +1,402 @@
+"""One step of a flow-matching sampler: guidance, solver update, and the model's next input.
+
+    v = null + g * (cond - null)                                guidance, where velocity has 2B rows
+    euler:     x' = x + step * v                                                step = s' - s
+    heun:      x' = x + step * v, then x' = x + step * (v_1 + v_2)              step = (s' - s) / 2
+    dpmpp_2m:  x_0 = x + step * v,  x' = keep * x + rest * (x_0 + gain * (x_0 - x_0_before))
+               step = -s, keep = s' / s, rest = 1 - keep, gain = h / (2 * h_before)
+
+Source: Ho & Salimans, "Classifier-Free Diffusion Guidance" (2022); Karras et al., "Elucidating the
+Design Space of Diffusion-Based Generative Models" (2022), algorithm 1; Lu et al., "DPM-Solver++"
+(2022), algorithm 2, on the noise levels s of flow matching.
+"""
+
+# Shape suffixes: B = samples; the other dimensions are any, the same in all tensors.
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clipflow.errors import ShapeError, check_floating, check_like, check_shape
+from clipflow.registry import Case, Implementation, Op, eager, native, register, triton
+
+SOLVERS = ("euler", "heun", "dpmpp_2m")
+
+
+def flow_step(
+    latents: Tensor,
+    velocity: Tensor,
+    previous: Tensor | None = None,
+    *,
+    coefficients: Sequence[float] | Tensor,
+    solver: str = "euler",
+    guidance: float | Tensor = 1.0,
+    model_dtype: torch.dtype | None = None,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advance the latents of a sampler by one evaluation of the model.
+
+    Args:
+        latents: x, the state, [B, ...]; float32 or float64.
+        velocity: what the model predicts, [B, ...], or with guidance [2B, ...], rows [null, cond];
+            float32, bfloat16 or float16 (float64 with float64 latents).
+        previous: [B, ...] as `latents`: v_1 for the second stage of "heun" (`latents` are again
+            those of the first), x_0_before for "dpmpp_2m"; None for "euler", for the first stage of
+            "heun", and where "dpmpp_2m" takes a step of first order.
+        coefficients: (step, gain, keep, rest): numbers, or a tensor [4] of float64 on the device,
+            which is not read on the host; "euler" and "heun" use the first alone.
+        solver: "euler", "heun" or "dpmpp_2m".
+        guidance: g, a number or [B] float32, one for each sample; 1 where velocity is [B, ...].
+        model_dtype: dtype of the model's input; that of `velocity` if None.
+        out: tensors to write the three results into, contiguous, and to return; the first may be
+            `latents` and the third `previous`. The third is left alone where nothing is kept.
+        backend: "auto", or one of "eager", "native", "triton".
+
+    Returns:
+        (x' as `latents`; x' as the model's next input, in `model_dtype` with the rows of
+        `velocity`, so twice over with guidance; what is kept to be the next `previous`: v_1 after
+        the first stage of "heun", x_0 in "dpmpp_2m", x' where nothing is). Without `out`, the
+        second is the first itself where shape and dtype agree. All arithmetic has the dtype of
+        `latents`, each operation of the formulas rounded for itself, in the order of the brackets,
+        products before sums. Gradients exist on "eager" alone, which "auto" takes for them.
+
+    Raises:
+        ShapeError: a tensor is not of the shape above.
+        TypeError: a dtype or device is not one of the above.
+        ValueError: an unknown solver, `previous` with "euler", guidance without null rows, or other
+            than four coefficients.
+        BackendUnavailable: the named backend cannot run this call.
+    """
+    guided = _check(latents, velocity, previous, coefficients, solver, guidance)
+    if model_dtype is None:
+        model_dtype = velocity.dtype
+    keeps = solver == "dpmpp_2m" or (solver == "heun" and previous is None)
+    if out is not None:
+        _check_out(out, latents, velocity, model_dtype, keeps)
+    gradient = torch.is_grad_enabled() and (latents.requires_grad or velocity.requires_grad)
+    name = OP.select(latents, backend, gradient)
+    call = (latents, velocity, previous, coefficients, solver, guidance, model_dtype)
+    if out is not None:
+        OP.backends[name].forward(*call, (guided, keeps), out)
+        return out if keeps else (out[0], out[1], out[0])
+    return OP.backends[name].forward(*call, (guided, keeps), None)
+
+
+def _check(
+    latents: Tensor,
+    velocity: Tensor,
+    previous: Tensor | None,
+    coefficients: Sequence[float] | Tensor,
+    solver: str,
+    guidance: float | Tensor,
+) -> bool:
+    """Raise for what is wrong; return whether `velocity` has null rows."""
+    if solver not in SOLVERS:
+        raise ValueError(f"flow_step: solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+    dtype, shape = latents.dtype, latents.shape
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        raise TypeError(f"flow_step: latents must be float32 or float64, got {dtype}")
+    check_floating("flow_step", "velocity", velocity)
+    if velocity.dtype is torch.float64 and dtype is not torch.float64:
+        raise TypeError("flow_step: velocity must be narrower than float64 with float32 latents")
+    if velocity.device != latents.device:
+        raise TypeError(
+            f"flow_step: velocity must be on {latents.device} as latents is, got {velocity.device}"
+        )
+    guided = velocity.shape != shape
+    if guided and (not shape or velocity.shape != (2 * shape[0], *shape[1:])):
+        raise ShapeError(
+            f"flow_step: velocity must be {list(shape)}, or twice as many rows, "
+            f"got {list(velocity.shape)}"
+        )
+    if previous is not None:
+        if solver == "euler":
+            raise ValueError("flow_step: previous must be None with 'euler', got a tensor")
+        check_shape("flow_step", "previous", previous, shape)
+        check_like("flow_step", "previous", previous, "latents", latents)
+    if isinstance(coefficients, Tensor):
+        check_shape("flow_step", "coefficients", coefficients, (4,))
+        if coefficients.dtype is not torch.float64 or coefficients.device != latents.device:
+            raise TypeError(
+                f"flow_step: coefficients must be float64 on {latents.device}, "
+                f"got {coefficients.dtype} on {coefficients.device}"
+            )
+    elif len(coefficients) != 4:
+        raise ValueError(f"flow_step: coefficients must be 4 numbers, got {len(coefficients)}")
+    if isinstance(guidance, Tensor):
+        _check_guidance(guidance, latents, guided)
+    elif not guided and guidance != 1 and shape[0]:
+        raise ValueError(
+            f"flow_step: guidance must be 1 without null rows in velocity, got {guidance}"
+        )
+    return guided
+
+
+def _check_guidance(guidance: Tensor, latents: Tensor, guided: bool) -> None:
+    check_shape("flow_step", "guidance", guidance, latents.shape[:1])
+    if guidance.dtype is not torch.float32 or guidance.device != latents.device:
+        raise TypeError(
+            f"flow_step: guidance must be float32 on {latents.device}, "
+            f"got {guidance.dtype} on {guidance.device}"
+        )
+    if not guided and latents.shape[0]:
+        raise ValueError("flow_step: guidance must be 1 without null rows in velocity, got [B]")
+
+
+def _check_out(
+    out: tuple[Tensor, Tensor, Tensor],
+    latents: Tensor,
+    velocity: Tensor,
+    model_dtype: torch.dtype,
+    keeps: bool,
+) -> None:
+    wanted = ((latents.shape, latents.dtype), (velocity.shape, model_dtype))
+    wanted += ((latents.shape, latents.dtype),) if keeps else ()
+    for i, (shape, dtype) in enumerate(wanted):
+        name, found = f"out[{i}]", out[i]
+        check_shape("flow_step", name, found, shape)
+        if found.dtype is not dtype or found.device != latents.device:
+            raise TypeError(
+                f"flow_step: {name} must be {dtype} on {latents.device}, "
+                f"got {found.dtype} on {found.device}"
+            )
+        if not found.is_contiguous():
+            raise ValueError(f"flow_step: {name} must be contiguous, got strides {found.stride()}")
+
+
+def reference(
+    latents: Tensor,
+    velocity: Tensor,
+    previous: Tensor | None,
+    coefficients: Sequence[float] | Tensor,
+    solver: str,
+    guidance: float | Tensor,
+    model_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The meaning of the op, in the dtype of `latents`."""
+    if isinstance(coefficients, Tensor):
+        coefficients = coefficients.to(latents.dtype)
+    step, gain, keep, rest = coefficients
+    guided = velocity.shape != latents.shape
+    v = velocity.to(latents.dtype)
+    if guided:
+        null, cond = v.chunk(2)
+        if isinstance(guidance, Tensor):
+            guidance = guidance.to(v.dtype).view(-1, *[1] * (v.ndim - 1))
+        v = null + guidance * (cond - null)
+    if solver == "dpmpp_2m":
+        kept = latents + step * v
+        target = kept if previous is None else kept + gain * (kept - previous)
+        new = keep * latents + rest * target
+    else:
+        new = latents + step * (v if previous is None else previous + v)
+        kept = v if solver == "heun" and previous is None else new
+    model_input = new.to(model_dtype)
+    return new, torch.cat([model_input, model_input]) if guided else model_input, kept
+
+
+def _eager(
+    latents, velocity, previous, coefficients, solver, guidance, model_dtype, form, out
+) -> tuple[Tensor, Tensor, Tensor]:
+    new, model_input, kept = reference(
+        latents, velocity, previous, coefficients, solver, guidance, model_dtype
+    )
+    if out is not None:
+        if form[1]:  # before latents, of which `kept` may be a view
+            out[2].copy_(kept)
+        out[1].copy_(model_input)
+        out[0].copy_(new)
+    return new, model_input, kept
+
+
+def _native(
+    latents, velocity, previous, coefficients, solver, guidance, model_dtype, form, out
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    guided, keeps = form
+    table = guidances = None
+    if isinstance(coefficients, Tensor):
+        table, coefficients = coefficients, _ZEROS
+    if isinstance(guidance, Tensor):
+        guidances, guidance = guidance, 1.0
+    # Float64 latents: the kernel reads and writes float64 alone.
+    wide = latents.dtype is torch.float64
+    if wide and velocity.dtype is not torch.float64:
+        velocity = velocity.double()
+    index = SOLVERS.index(solver)
+    if out is not None:
+        model_input = torch.empty_like(velocity) if wide else out[1]
+        _out_op(latents, velocity, previous, table, guidances, *coefficients, guidance, index,
+                out[0], model_input, out[2] if keeps else None)  # fmt: skip
+        if wide:
+            out[1].copy_(model_input)
+        return None
+    written = torch.float64 if wide else model_dtype
+    found = _step_op(
+        latents, velocity, previous, table, guidances, *coefficients, guidance, index, written
+    )
+    new = found[0]
+    model_input = found[1] if guided or written is not latents.dtype else new
+    if wide:
+        model_input = model_input.to(model_dtype)
+    return new, model_input, found[-1] if keeps else new
+
+
+_ZEROS = (0.0, 0.0, 0.0, 0.0)
+
+
+def _triton(
+    latents, velocity, previous, coefficients, solver, guidance, model_dtype, form, out
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    from clipflow.kernels.triton import flow_step as kernel  # Triton is an optional dependency
+
+    return kernel.forward(
+        latents.contiguous(),
+        velocity.contiguous(),
+        None if previous is None else previous.contiguous(),
+        coefficients.contiguous() if isinstance(coefficients, Tensor) else coefficients,
+        solver,
+        guidance.contiguous() if isinstance(guidance, Tensor) else guidance,
+        model_dtype,
+        out,
+    )
+
+
+def _without_gradient(backend: Implementation) -> Implementation:
+    """`backend`, refusing calls that ask for a gradient: it would be lost in silence."""
+
+    def refusal(x: Tensor, gradient: bool = False, *_: object) -> str | None:
+        return "has no gradient" if gradient else backend.refusal(x)
+
+    return Implementation(forward=backend.forward, backward=None, refusal=refusal)
+
+
+def _fake(
+    latents, velocity, previous, coefficients, guidances, step, gain, keep, rest, guidance, solver,
+    model_dtype,
+) -> list[Tensor]:  # fmt: skip
+    new = latents.new_empty(latents.shape)
+    found = [new]
+    if velocity.shape != latents.shape or model_dtype is not latents.dtype:
+        found.append(velocity.new_empty(velocity.shape, dtype=model_dtype))
+    if solver == 2 or (solver == 1 and previous is None):
+        found.append(latents.new_empty(latents.shape))
+    return found
+
+
+def _fake_out(*_: object) -> None:
+    return None
+
+
+def _case(
+    shape: tuple[int, ...],
+    solver: str,
+    guidance: float | str,
+    *,
+    second: bool = False,
+    on_device: bool = False,
+    model_dtype: torch.dtype | None = None,
+) -> Case:
+    """`guidance` is a number, 1 for velocity without null rows, or "samples" for one each."""
+    B = shape[0]
+
+    def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        wide = torch.promote_types(dtype, torch.float32)
+        latents = torch.randn(shape, device=device, dtype=wide)
+        rows = B if guidance == 1 else 2 * B
+        velocity = torch.randn(rows, *shape[1:], device=device, dtype=dtype)
+        return (latents, velocity, torch.randn_like(latents)) if second else (latents, velocity)
+
+    def options(device: torch.device) -> dict[str, object]:
+        chosen: dict[str, object] = {"solver": solver, "coefficients": (-0.7, 0.35, 0.8, 0.2)}
+        if on_device:
+            chosen["coefficients"] = torch.tensor(
+                [-0.7, 0.35, 0.8, 0.2], dtype=torch.float64, device=device
+            )
+        chosen["guidance"] = guidance
+        if guidance == "samples":
+            chosen["guidance"] = 1.0 + torch.arange(B, device=device, dtype=torch.float32)
+        if model_dtype is not None:
+            chosen["model_dtype"] = model_dtype
+        return chosen
+
+    name = "x".join(map(str, shape)) + f"-{solver}" + ("-second" if second else "")
+    name += f"-guided-{guidance}" if guidance != 1 else ""
+    return Case(name=name, inputs=inputs, options=options)
+
+
+def _any_case(rng: random.Random) -> Case:
+    form = rng.choice(FORMS)
+    guidance = rng.choice([1.0, 4.5, "samples"])
+    model_dtype = rng.choice([None, torch.float32, torch.bfloat16, torch.float16])
+    B, C = rng.randint(0, 5), rng.choice([rng.randint(1, 140), rng.randint(1, 6000)])
+    shape = rng.choice([(B, C), (B, C, 1), (B,), (B, rng.randint(0, 3), 1 + C // 40, 5)])
+    return _case(shape, form[0], guidance, second=form[1], model_dtype=model_dtype)
+
+
+FORMS = (
+    ("euler", False),
+    ("heun", False),
+    ("heun", True),
+    ("dpmpp_2m", False),
+    ("dpmpp_2m", True),
+)
+_SCHEMA = (
+    "(Tensor latents, Tensor velocity, Tensor? previous, Tensor? coefficients, Tensor? guidances, "
+    "float step, float gain, float keep, float rest, float guidance, int solver"
+)
+
+OP = register(
+    Op(
+        name="flow_step",
+        schemas={
+            "flow_step": f"{_SCHEMA}, ScalarType model_dtype) -> Tensor[]",
+            "flow_step_out": f"{_SCHEMA}, Tensor(a!) new, Tensor(b!) model_input, "
+            "Tensor(c!)? kept) -> ()",
+        },
+        fakes={"flow_step": _fake, "flow_step_out": _fake_out},
+        public=flow_step,
+        reference=reference,
+        backends={
+            "eager": eager(_eager),
+            "native": _without_gradient(native("flow_step", _native)),
+            "triton": _without_gradient(triton(_triton)),
+        },
+        order=("native", "triton", "eager"),
+        # Every form; one value a sample, odd sizes, and the embedded model's latents.
+        cases=(
+            _case((1, 8), "euler", 1.0),
+            _case((3, 5, 7, 11), "dpmpp_2m", "samples", second=True),
+            _case((3, 77), "heun", "samples"),
+            _case((3, 77), "heun", 1.0, second=True),
+            _case((2, 32, 8, 8), "dpmpp_2m", 1.0, on_device=True),
+            _case((2, 32, 8, 8), "euler", "samples", model_dtype=torch.bfloat16),
+        ),
+        timed=(
+            _case((4, 32, 16, 16), "dpmpp_2m", "samples", second=True),
+            *(
+                _case((B, *shape), "dpmpp_2m", 4.5, second=True)
+                for shape in ((32, 16, 16), (32, 32, 32), (1792, 8, 8))
+                for B in (1, 8, 64)
+            ),
+            _case((1, 32, 32, 32), "euler", 4.5),
+            _case((8, 1792, 8, 8), "euler", 4.5),
+            _case((1, 32, 32, 32), "heun", 4.5),
+            _case((8, 1792, 8, 8), "heun", 4.5, second=True),
+        ),
+        of_length=lambda n: _case((2, 4, n), "dpmpp_2m", "samples", second=True),
+        any_case=_any_case,
+        traffic="read latents, velocity and previous; write latents, model input and what is kept",
+        flops=lambda latents, *_: 12 * latents.numel(),
+        differentiable=False,
+        exact=True,
+    )
+)
+
+# Bound once: looking an op up by name costs 0.3 us a call.
+_step_op = torch.ops.clipflow.flow_step.default
+_out_op = torch.ops.clipflow.flow_step_out.default
