@@ -138,7 +138,6 @@ def test_out_is_registered_as_it_behaves():
         ops.flow_step(*call, coefficients=NUMBERS, solver="dpmpp_2m", guidance=2.0, out=out,
                       backend="native")  # fmt: skip
     ((func, args),) = recorder.calls
-    assert func._opname == "flow_step_out"
     torch.library.opcheck(func, args)
 
 
@@ -172,11 +171,11 @@ LATENTS = torch.zeros(2, 3, 4)
         ({"previous": LATENTS.half(), "solver": "heun"}, TypeError, "previous must be"),
         ({"coefficients": (1.0,)}, ValueError, "coefficients must be 4 numbers, got 1"),
         ({"coefficients": torch.zeros(3)}, ShapeError, r"coefficients must be \[4\]"),
-        ({"coefficients": torch.zeros(4)}, TypeError, "coefficients must be float64 on cpu"),
+        ({"coefficients": torch.zeros(4)}, TypeError, "coefficients must be torch.float64 on cpu"),
         ({"guidance": 2.0}, ValueError, "guidance must be 1 without null rows"),
         ({"guidance": torch.ones(2)}, ValueError, "guidance must be 1 without null rows"),
         ({"guidance": torch.ones(3)}, ShapeError, r"guidance must be \[2\]"),
-        ({"guidance": torch.ones(2).half()}, TypeError, "guidance must be float32 on cpu"),
+        ({"guidance": torch.ones(2).half()}, TypeError, "guidance must be torch.float32 on cpu"),
         ({"out": (LATENTS[0],) * 3}, ShapeError, r"out\[0\] must be \[2, 3, 4\]"),
         ({"out": (LATENTS, LATENTS.half(), LATENTS)}, TypeError, r"out\[1\] must be torch.float32"),
         (

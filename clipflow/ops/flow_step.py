@@ -72,19 +72,17 @@ def flow_step(
             than four coefficients.
         BackendUnavailable: the named backend cannot run this call.
     """
-    guided = _check(latents, velocity, previous, coefficients, solver, guidance)
+    _check(latents, velocity, previous, coefficients, solver, guidance)
     if model_dtype is None:
         model_dtype = velocity.dtype
-    keeps = solver == "dpmpp_2m" or (solver == "heun" and previous is None)
     if out is not None:
+        keeps = solver == "dpmpp_2m" or (solver == "heun" and previous is None)
         _check_out(out, latents, velocity, model_dtype, keeps)
+        out = out if keeps else (out[0], out[1], out[0])
     gradient = torch.is_grad_enabled() and (latents.requires_grad or velocity.requires_grad)
-    name = OP.select(latents, backend, gradient)
-    call = (latents, velocity, previous, coefficients, solver, guidance, model_dtype)
-    if out is not None:
-        OP.backends[name].forward(*call, (guided, keeps), out)
-        return out if keeps else (out[0], out[1], out[0])
-    return OP.backends[name].forward(*call, (guided, keeps), None)
+    return OP.backends[OP.select(latents, backend, gradient)].forward(
+        latents, velocity, previous, coefficients, solver, guidance, model_dtype, out
+    )
 
 
 def _check(
@@ -94,22 +92,26 @@ def _check(
     coefficients: Sequence[float] | Tensor,
     solver: str,
     guidance: float | Tensor,
-) -> bool:
-    """Raise for what is wrong; return whether `velocity` has null rows."""
+) -> None:
     if solver not in SOLVERS:
         raise ValueError(f"flow_step: solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    dtype, shape = latents.dtype, latents.shape
+    dtype, shape, device = latents.dtype, latents.shape, latents.device
     if dtype is not torch.float32 and dtype is not torch.float64:
         raise TypeError(f"flow_step: latents must be float32 or float64, got {dtype}")
+    if not shape:
+        raise ShapeError("flow_step: latents must be [B, ...], got []")
     check_floating("flow_step", "velocity", velocity)
     if velocity.dtype is torch.float64 and dtype is not torch.float64:
-        raise TypeError("flow_step: velocity must be narrower than float64 with float32 latents")
-    if velocity.device != latents.device:
         raise TypeError(
-            f"flow_step: velocity must be on {latents.device} as latents is, got {velocity.device}"
+            "flow_step: velocity must be narrower than float64 with float32 latents, "
+            f"got {velocity.dtype}"
+        )
+    if velocity.device != device:
+        raise TypeError(
+            f"flow_step: velocity must be on {device} as latents is, got {velocity.device}"
         )
     guided = velocity.shape != shape
-    if guided and (not shape or velocity.shape != (2 * shape[0], *shape[1:])):
+    if guided and velocity.shape != (2 * shape[0], *shape[1:]):
         raise ShapeError(
             f"flow_step: velocity must be {list(shape)}, or twice as many rows, "
             f"got {list(velocity.shape)}"
@@ -121,31 +123,25 @@ def _check(
         check_like("flow_step", "previous", previous, "latents", latents)
     if isinstance(coefficients, Tensor):
         check_shape("flow_step", "coefficients", coefficients, (4,))
-        if coefficients.dtype is not torch.float64 or coefficients.device != latents.device:
-            raise TypeError(
-                f"flow_step: coefficients must be float64 on {latents.device}, "
-                f"got {coefficients.dtype} on {coefficients.device}"
-            )
+        _check_numbers("coefficients", coefficients, torch.float64, latents)
     elif len(coefficients) != 4:
         raise ValueError(f"flow_step: coefficients must be 4 numbers, got {len(coefficients)}")
     if isinstance(guidance, Tensor):
-        _check_guidance(guidance, latents, guided)
-    elif not guided and guidance != 1 and shape[0]:
+        check_shape("flow_step", "guidance", guidance, shape[:1])
+        _check_numbers("guidance", guidance, torch.float32, latents)
+        guidance = "[B]"
+    if not guided and guidance != 1 and shape[0]:
         raise ValueError(
             f"flow_step: guidance must be 1 without null rows in velocity, got {guidance}"
         )
-    return guided
 
 
-def _check_guidance(guidance: Tensor, latents: Tensor, guided: bool) -> None:
-    check_shape("flow_step", "guidance", guidance, latents.shape[:1])
-    if guidance.dtype is not torch.float32 or guidance.device != latents.device:
+def _check_numbers(name: str, tensor: Tensor, dtype: torch.dtype, latents: Tensor) -> None:
+    if tensor.dtype is not dtype or tensor.device != latents.device:
         raise TypeError(
-            f"flow_step: guidance must be float32 on {latents.device}, "
-            f"got {guidance.dtype} on {guidance.device}"
+            f"flow_step: {name} must be {dtype} on {latents.device}, "
+            f"got {tensor.dtype} on {tensor.device}"
         )
-    if not guided and latents.shape[0]:
-        raise ValueError("flow_step: guidance must be 1 without null rows in velocity, got [B]")
 
 
 def _check_out(
@@ -155,18 +151,23 @@ def _check_out(
     model_dtype: torch.dtype,
     keeps: bool,
 ) -> None:
-    wanted = ((latents.shape, latents.dtype), (velocity.shape, model_dtype))
-    wanted += ((latents.shape, latents.dtype),) if keeps else ()
-    for i, (shape, dtype) in enumerate(wanted):
-        name, found = f"out[{i}]", out[i]
-        check_shape("flow_step", name, found, shape)
-        if found.dtype is not dtype or found.device != latents.device:
-            raise TypeError(
-                f"flow_step: {name} must be {dtype} on {latents.device}, "
-                f"got {found.dtype} on {found.device}"
-            )
-        if not found.is_contiguous():
-            raise ValueError(f"flow_step: {name} must be contiguous, got strides {found.stride()}")
+    _check_result("out[0]", out[0], latents, latents.dtype, latents.device)
+    _check_result("out[1]", out[1], velocity, model_dtype, latents.device)
+    if keeps:
+        _check_result("out[2]", out[2], latents, latents.dtype, latents.device)
+
+
+def _check_result(
+    name: str, tensor: Tensor, like: Tensor, dtype: torch.dtype, device: torch.device
+) -> None:
+    if tensor.shape != like.shape:
+        raise ShapeError(f"flow_step: {name} must be {list(like.shape)}, got {list(tensor.shape)}")
+    if tensor.dtype is not dtype or tensor.device != device:
+        raise TypeError(
+            f"flow_step: {name} must be {dtype} on {device}, got {tensor.dtype} on {tensor.device}"
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(f"flow_step: {name} must be contiguous, got strides {tensor.stride()}")
 
 
 def reference(
@@ -201,69 +202,87 @@ def reference(
 
 
 def _eager(
-    latents, velocity, previous, coefficients, solver, guidance, model_dtype, form, out
+    latents, velocity, previous, coefficients, solver, guidance, model_dtype, out
 ) -> tuple[Tensor, Tensor, Tensor]:
-    new, model_input, kept = reference(
-        latents, velocity, previous, coefficients, solver, guidance, model_dtype
-    )
-    if out is not None:
-        if form[1]:  # before latents, of which `kept` may be a view
-            out[2].copy_(kept)
-        out[1].copy_(model_input)
-        out[0].copy_(new)
-    return new, model_input, kept
+    found = reference(latents, velocity, previous, coefficients, solver, guidance, model_dtype)
+    if out is None:
+        return found
+    for target, result in zip(out, found, strict=True):
+        target.copy_(result)
+    return out
 
 
 def _native(
-    latents, velocity, previous, coefficients, solver, guidance, model_dtype, form, out
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    guided, keeps = form
+    latents, velocity, previous, coefficients, solver, guidance, model_dtype, out
+) -> tuple[Tensor, Tensor, Tensor]:
+    if latents.dtype is torch.float64 and (velocity.dtype, model_dtype) != _FLOAT64:
+        return _native_float64(
+            latents, velocity, previous, coefficients, solver, guidance, model_dtype, out
+        )
+    latents = latents if latents.is_contiguous() else latents.contiguous()
+    velocity = velocity if velocity.is_contiguous() else velocity.contiguous()
+    results = out or _results(latents, velocity, previous, solver, model_dtype)
+    new, model_input, kept = results
     table = guidances = None
     if isinstance(coefficients, Tensor):
-        table, coefficients = coefficients, _ZEROS
+        table, coefficients = coefficients, (0.0, 0.0, 0.0, 0.0)
     if isinstance(guidance, Tensor):
         guidances, guidance = guidance, 1.0
-    # Float64 latents: the kernel reads and writes float64 alone.
-    wide = latents.dtype is torch.float64
-    if wide and velocity.dtype is not torch.float64:
-        velocity = velocity.double()
-    index = SOLVERS.index(solver)
-    if out is not None:
-        model_input = torch.empty_like(velocity) if wide else out[1]
-        _out_op(latents, velocity, previous, table, guidances, *coefficients, guidance, index,
-                out[0], model_input, out[2] if keeps else None)  # fmt: skip
-        if wide:
-            out[1].copy_(model_input)
-        return None
-    written = torch.float64 if wide else model_dtype
-    found = _step_op(
-        latents, velocity, previous, table, guidances, *coefficients, guidance, index, written
+    step, gain, keep, rest = coefficients
+    _step_op(
+        latents, velocity, previous, table, guidances, step, gain, keep, rest, guidance,
+        solver == "dpmpp_2m", new, None if model_input is new else model_input,
+        None if kept is new else kept,
+    )  # fmt: skip
+    return results
+
+
+def _native_float64(
+    latents, velocity, previous, coefficients, solver, guidance, model_dtype, out
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel for float64 reads and writes nothing else."""
+    wide = (
+        None if out is None else (out[0], torch.empty_like(velocity, dtype=latents.dtype), out[2])
     )
-    new = found[0]
-    model_input = found[1] if guided or written is not latents.dtype else new
-    if wide:
-        model_input = model_input.to(model_dtype)
-    return new, model_input, found[-1] if keeps else new
+    new, model_input, kept = _native(
+        latents, velocity.double(), previous, coefficients, solver, guidance, latents.dtype, wide
+    )
+    if out is None:
+        return new, model_input.to(model_dtype), kept
+    out[1].copy_(model_input)
+    return out
 
 
-_ZEROS = (0.0, 0.0, 0.0, 0.0)
+def _results(latents, velocity, previous, solver, model_dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors for the results of a call with contiguous `latents` and `velocity`."""
+    new = torch.empty_like(latents)
+    model_input = kept = new
+    if model_dtype is not velocity.dtype:
+        model_input = torch.empty_like(velocity, dtype=model_dtype)
+    elif model_dtype is not latents.dtype or velocity.shape != latents.shape:
+        model_input = torch.empty_like(velocity)
+    if solver != "euler" and (previous is None or solver == "dpmpp_2m"):
+        kept = torch.empty_like(latents)
+    return new, model_input, kept
 
 
 def _triton(
-    latents, velocity, previous, coefficients, solver, guidance, model_dtype, form, out
-) -> tuple[Tensor, Tensor, Tensor] | None:
+    latents, velocity, previous, coefficients, solver, guidance, model_dtype, out
+) -> tuple[Tensor, Tensor, Tensor]:
     from clipflow.kernels.triton import flow_step as kernel  # Triton is an optional dependency
 
-    return kernel.forward(
-        latents.contiguous(),
-        velocity.contiguous(),
+    latents, velocity = latents.contiguous(), velocity.contiguous()
+    results = out or _results(latents, velocity, previous, solver, model_dtype)
+    kernel.forward(
+        latents,
+        velocity,
         None if previous is None else previous.contiguous(),
         coefficients.contiguous() if isinstance(coefficients, Tensor) else coefficients,
-        solver,
         guidance.contiguous() if isinstance(guidance, Tensor) else guidance,
-        model_dtype,
-        out,
+        solver,
+        *results,
     )
+    return results
 
 
 def _without_gradient(backend: Implementation) -> Implementation:
@@ -275,21 +294,8 @@ def _without_gradient(backend: Implementation) -> Implementation:
     return Implementation(forward=backend.forward, backward=None, refusal=refusal)
 
 
-def _fake(
-    latents, velocity, previous, coefficients, guidances, step, gain, keep, rest, guidance, solver,
-    model_dtype,
-) -> list[Tensor]:  # fmt: skip
-    new = latents.new_empty(latents.shape)
-    found = [new]
-    if velocity.shape != latents.shape or model_dtype is not latents.dtype:
-        found.append(velocity.new_empty(velocity.shape, dtype=model_dtype))
-    if solver == 2 or (solver == 1 and previous is None):
-        found.append(latents.new_empty(latents.shape))
-    return found
-
-
-def _fake_out(*_: object) -> None:
-    return None
+def _fake(*_: object) -> None:
+    """The results are arguments."""
 
 
 def _case(
@@ -345,20 +351,17 @@ FORMS = (
     ("dpmpp_2m", False),
     ("dpmpp_2m", True),
 )
-_SCHEMA = (
-    "(Tensor latents, Tensor velocity, Tensor? previous, Tensor? coefficients, Tensor? guidances, "
-    "float step, float gain, float keep, float rest, float guidance, int solver"
-)
+_FLOAT64 = (torch.float64, torch.float64)
 
 OP = register(
     Op(
         name="flow_step",
         schemas={
-            "flow_step": f"{_SCHEMA}, ScalarType model_dtype) -> Tensor[]",
-            "flow_step_out": f"{_SCHEMA}, Tensor(a!) new, Tensor(b!) model_input, "
-            "Tensor(c!)? kept) -> ()",
+            "flow_step": "(Tensor latents, Tensor velocity, Tensor? previous, Tensor? coefficients,"
+            " Tensor? guidances, float step, float gain, float keep, float rest, float guidance,"
+            " bool dpmpp_2m, Tensor(a!) new, Tensor(b!)? model_input, Tensor(c!)? kept) -> ()",
         },
-        fakes={"flow_step": _fake, "flow_step_out": _fake_out},
+        fakes={"flow_step": _fake},
         public=flow_step,
         reference=reference,
         backends={
@@ -399,4 +402,3 @@ OP = register(
 
 # Bound once: looking an op up by name costs 0.3 us a call.
 _step_op = torch.ops.clipflow.flow_step.default
-_out_op = torch.ops.clipflow.flow_step_out.default

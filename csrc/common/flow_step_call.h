@@ -1,30 +1,21 @@
-// The arguments of flow_step, checked, and its results, allocated: the same on the CPU and CUDA.
+// The arguments of flow_step, checked: the same on the CPU and CUDA.
 
 #pragma once
 
 #include <optional>
-#include <vector>
 
 #include "common/tensor.h"
 
 namespace clipflow {
 
-// In the order of SOLVERS in clipflow/ops/flow_step.py.
-constexpr int64_t kEuler = 0, kHeun = 1, kDpmpp2m = 2;
-
 struct FlowCall {
   Tensor latents, velocity;  // contiguous, as all tensors here
   std::optional<Tensor> previous, coefficients, guidances;
   double step, gain, keep, rest, guidance;
-  int64_t solver;
-  bool guided;  // velocity has null rows, then conditioned ones
-
-  bool keeps() const { return solver == kDpmpp2m || (solver == kHeun && !previous); }
-
-  // Whether the model's input is another tensor than the new latents.
-  bool separate_input(torch::headeronly::ScalarType model_dtype) const {
-    return guided || model_dtype != latents.scalar_type();
-  }
+  bool dpmpp_2m;  // or Euler and Heun, which differ in `previous` and `kept` alone
+  bool guided;    // velocity has null rows, then conditioned ones
+  Tensor new_latents;
+  std::optional<Tensor> model_input, kept;
 };
 
 inline Tensor contiguous_of(const Tensor& tensor) {
@@ -44,57 +35,48 @@ inline void check_flow_tensor(const char* name, const FlowCall& call, const Tens
                   torch::headeronly::toString(tensor.scalar_type()));
   STD_TORCH_CHECK(tensor.is_cpu() == call.latents.is_cpu(), "flow_step: ", name,
                   " must be on the device of latents");
+  STD_TORCH_CHECK(tensor.is_contiguous(), "flow_step: ", name, " must be contiguous");
 }
 
 inline FlowCall flow_call(const Tensor& latents, const Tensor& velocity,
                           const std::optional<Tensor>& previous,
                           const std::optional<Tensor>& coefficients,
                           const std::optional<Tensor>& guidances, double step, double gain,
-                          double keep, double rest, double guidance, int64_t solver) {
+                          double keep, double rest, double guidance, bool dpmpp_2m,
+                          const Tensor& new_latents, const std::optional<Tensor>& model_input,
+                          const std::optional<Tensor>& kept) {
   using torch::headeronly::ScalarType;
-  FlowCall call{contiguous_of(latents),      contiguous_of(velocity),  contiguous_of(previous),
-                contiguous_of(coefficients), contiguous_of(guidances), step,
-                gain,                        keep,                     rest,
-                guidance,                    solver,                   false};
-  const int64_t numel = latents.numel();
+  const FlowCall call{.latents = contiguous_of(latents),
+                      .velocity = contiguous_of(velocity),
+                      .previous = contiguous_of(previous),
+                      .coefficients = contiguous_of(coefficients),
+                      .guidances = contiguous_of(guidances),
+                      .step = step,
+                      .gain = gain,
+                      .keep = keep,
+                      .rest = rest,
+                      .guidance = guidance,
+                      .dpmpp_2m = dpmpp_2m,
+                      .guided = velocity.size(0) != latents.size(0),
+                      .new_latents = new_latents,
+                      .model_input = model_input,
+                      .kept = kept};
+  const int64_t numel = latents.numel(), rows = call.guided ? 2 * numel : numel;
   const ScalarType dtype = latents.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
                   "flow_step: latents must be float32 or float64");
-  STD_TORCH_CHECK(solver >= kEuler && solver <= kDpmpp2m,
-                  "flow_step: solver must be 0, 1 or 2, got ", solver);
-  STD_TORCH_CHECK(latents.dim() >= 1, "flow_step: latents must be [B, ...]");
-  call.guided = velocity.size(0) != latents.size(0);
-  check_flow_tensor("velocity", call, velocity, call.guided ? 2 * numel : numel,
-                    velocity.scalar_type());
-  if (previous) check_flow_tensor("previous", call, *previous, numel, dtype);
-  if (coefficients) check_flow_tensor("coefficients", call, *coefficients, 4, ScalarType::Double);
+  check_flow_tensor("velocity", call, call.velocity, rows, velocity.scalar_type());
+  check_flow_tensor("new", call, new_latents, numel, dtype);
+  if (model_input)
+    check_flow_tensor("model_input", call, *model_input, rows, model_input->scalar_type());
+  if (kept) check_flow_tensor("kept", call, *kept, numel, dtype);
+  if (previous) check_flow_tensor("previous", call, *call.previous, numel, dtype);
+  if (coefficients)
+    check_flow_tensor("coefficients", call, *call.coefficients, 4, ScalarType::Double);
   if (guidances)
-    check_flow_tensor("guidance", call, *guidances, latents.size(0), ScalarType::Float);
+    check_flow_tensor("guidance", call, *call.guidances, latents.size(0), ScalarType::Float);
+  STD_TORCH_CHECK(!dpmpp_2m || kept.has_value(), "flow_step: kept must be given in dpmpp_2m");
   return call;
-}
-
-// The new latents; the model's input where it is another tensor; what is kept, if anything.
-inline std::vector<Tensor> flow_results(const FlowCall& call,
-                                        torch::headeronly::ScalarType model_dtype) {
-  std::vector<Tensor> results{torch::stable::new_empty(call.latents, call.latents.sizes())};
-  if (call.separate_input(model_dtype))
-    results.push_back(torch::stable::new_empty(call.velocity, call.velocity.sizes(), model_dtype));
-  if (call.keeps()) results.push_back(torch::stable::new_empty(call.latents, call.latents.sizes()));
-  return results;
-}
-
-inline void check_flow_out(const FlowCall& call, const Tensor& new_latents,
-                           const Tensor& model_input, const std::optional<Tensor>& kept) {
-  const int64_t numel = call.latents.numel();
-  check_flow_tensor("new", call, new_latents, numel, call.latents.scalar_type());
-  check_flow_tensor("model_input", call, model_input, call.velocity.numel(),
-                    model_input.scalar_type());
-  STD_TORCH_CHECK(kept.has_value() == call.keeps(),
-                  "flow_step: kept must be given where something is kept, and only there");
-  if (kept) check_flow_tensor("kept", call, *kept, numel, call.latents.scalar_type());
-  STD_TORCH_CHECK(new_latents.is_contiguous() && model_input.is_contiguous() &&
-                      (!kept || kept->is_contiguous()),
-                  "flow_step: out tensors must be contiguous");
 }
 
 }  // namespace clipflow
