@@ -2,7 +2,16 @@
 
 from clipflow.ops.adaln_norm import adaln_norm
 from clipflow.ops.clip_normalize import clip_normalize
+from clipflow.ops.flow_interpolate import flow_interpolate
 from clipflow.ops.flow_step import flow_step
 from clipflow.registry import all_ops, explain, use_backend
 
-__all__ = ["adaln_norm", "all_ops", "clip_normalize", "explain", "flow_step", "use_backend"]
+__all__ = [
+    "adaln_norm",
+    "all_ops",
+    "clip_normalize",
+    "explain",
+    "flow_interpolate",
+    "flow_step",
+    "use_backend",
+]

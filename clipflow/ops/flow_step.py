@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from clipflow.errors import ShapeError, check_floating, check_like, check_shape
-from clipflow.registry import Case, Implementation, Op, eager, native, register, triton
+from clipflow.registry import Case, Op, eager, native, register, triton, without_gradient
 
 SOLVERS = ("euler", "heun", "dpmpp_2m")
 
@@ -285,15 +285,6 @@ def _triton(
     return results
 
 
-def _without_gradient(backend: Implementation) -> Implementation:
-    """`backend`, refusing calls that ask for a gradient: it would be lost in silence."""
-
-    def refusal(x: Tensor, gradient: bool = False, *_: object) -> str | None:
-        return "has no gradient" if gradient else backend.refusal(x)
-
-    return Implementation(forward=backend.forward, backward=None, refusal=refusal)
-
-
 def _fake(*_: object) -> None:
     """The results are arguments."""
 
@@ -366,8 +357,8 @@ OP = register(
         reference=reference,
         backends={
             "eager": eager(_eager),
-            "native": _without_gradient(native("flow_step", _native)),
-            "triton": _without_gradient(triton(_triton)),
+            "native": without_gradient(native("flow_step", _native)),
+            "triton": without_gradient(triton(_triton)),
         },
         order=("native", "triton", "eager"),
         # Every form; one value a sample, odd sizes, and the embedded model's latents.

@@ -46,6 +46,16 @@ CLIPFLOW_INLINE void stream(Float16* to, Floats value) {
   stream_raw(to, &bits, sizeof bits);
 }
 
+// The first `count` values, as store_first().
+template <typename T>
+CLIPFLOW_INLINE void store_or_stream(T* to, typename Wide<T>::Lanes value, int64_t count,
+                                     bool streamed) {
+  if (streamed && count == kLanes<typename Wide<T>::Lanes>)
+    stream(to, value);
+  else
+    store_first(to, value, count);
+}
+
 // Streamed values are seen by other threads after this.
 CLIPFLOW_INLINE void finish_streams() {
 #if defined(CLIPFLOW_X86)

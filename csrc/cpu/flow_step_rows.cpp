@@ -18,14 +18,6 @@
 namespace clipflow {
 namespace {
 
-template <typename T>
-CLIPFLOW_INLINE void put(T* to, typename Wide<T>::Lanes value, int64_t count, bool streamed) {
-  if (streamed && count == kLanes<typename Wide<T>::Lanes>)
-    stream(to, value);
-  else
-    store_first(to, value, count);
-}
-
 // The values [begin, end) of all latents, which belong to one sample.
 template <typename V, typename M, FlowForm form, bool guided>
 CLIPFLOW_INLINE void run(const FlowStep& a, int64_t begin, int64_t end, double sample_guidance) {
@@ -59,11 +51,11 @@ CLIPFLOW_INLINE void run(const FlowStep& a, int64_t begin, int64_t end, double s
         target = keeps + gain * (keeps - load_first(previous + d, count));
       y = keep * x + rest * target;
     }
-    if (kept) put(kept + d, keeps, count, streamed);
-    put(out + d, y, count, streamed);
+    if (kept) store_or_stream(kept + d, keeps, count, streamed);
+    store_or_stream(out + d, y, count, streamed);
     if (model_input) {
-      put(model_input + d, y, count, streamed);
-      if constexpr (guided) put(model_input + total + d, y, count, streamed);
+      store_or_stream(model_input + d, y, count, streamed);
+      if constexpr (guided) store_or_stream(model_input + total + d, y, count, streamed);
     }
   });
 }
