@@ -197,6 +197,15 @@ def triton(
     return Implementation(forward=forward, backward=backward, refusal=refusal)
 
 
+def without_gradient(backend: Implementation) -> Implementation:
+    """`backend`, refusing calls that ask for a gradient, which would be lost in silence."""
+
+    def refusal(x: Tensor, gradient: bool = False, *_: object) -> str | None:
+        return "has no gradient" if gradient else backend.refusal(x)
+
+    return Implementation(forward=backend.forward, backward=None, refusal=refusal)
+
+
 def _checked(backend: str, source: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {backend!r}")

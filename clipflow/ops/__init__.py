@@ -2,6 +2,8 @@
 
 from clipflow.ops.adaln_norm import adaln_norm
 from clipflow.ops.clip_normalize import clip_normalize
+from clipflow.ops.flow_interpolate import flow_interpolate
+from clipflow.ops.flow_step import flow_step
 from clipflow.ops.glu_conv import glu_conv
 from clipflow.ops.linear_attention import linear_attention
 from clipflow.registry import all_ops, explain, use_backend
@@ -11,6 +13,8 @@ __all__ = [
     "all_ops",
     "clip_normalize",
     "explain",
+    "flow_interpolate",
+    "flow_step",
     "glu_conv",
     "linear_attention",
     "use_backend",
