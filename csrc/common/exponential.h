@@ -9,14 +9,34 @@
 namespace clipflow {
 namespace {
 
+// `low` where x is below it. One instruction, which GCC does not make of a comparison and a choice.
+CLIPFLOW_INLINE Floats at_least(Floats low, Floats x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)low, (__m512)x);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_max_ps((__m256)low, (__m256)x);
+#else
+  return x < low ? low : x;
+#endif
+}
+
+CLIPFLOW_INLINE Floats at_most(Floats high, Floats x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_min_ps((__m512)high, (__m512)x);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_min_ps((__m256)high, (__m256)x);
+#else
+  return x > high ? high : x;
+#endif
+}
+
 // e^x within 1 ulp, with the steps of Sleef's expf (u10), which is what PyTorch's vector kernels
 // call: with fused multiply-adds, 1 + exp(x) and all that follows have PyTorch's bits. Below
 // x = -86 the result is e^-86: use it where that is as good as 0.
 //
 //   x = n ln 2 + s,  e^x = 2^n (1 + s + s^2 p(s))
 CLIPFLOW_INLINE Floats exp_above_minus_86(Floats x) {
-  x = x < -86.f ? Floats{} - 86.f : x;
-  x = x > 89.f ? Floats{} + 89.f : x;  // e^89 is infinite
+  x = at_most(Floats{} + 89.f, at_least(Floats{} - 86.f, x));  // e^89 is infinite; NaN stays NaN
   const Floats shifter = Floats{} + 0x1.8p23f;  // floats near it are whole numbers
   const Floats shifted = x * 1.442695040888963407f + shifter;
   const Floats n = shifted - shifter;
