@@ -6,6 +6,8 @@ from clipflow.ops.flow_interpolate import flow_interpolate
 from clipflow.ops.flow_step import flow_step
 from clipflow.ops.glu_conv import glu_conv
 from clipflow.ops.linear_attention import linear_attention
+from clipflow.ops.qk_norm_rope import qk_norm_rope
+from clipflow.ops.swiglu import swiglu
 from clipflow.registry import all_ops, explain, use_backend
 
 __all__ = [
@@ -17,5 +19,7 @@ __all__ = [
     "flow_step",
     "glu_conv",
     "linear_attention",
+    "qk_norm_rope",
+    "swiglu",
     "use_backend",
 ]
