@@ -137,7 +137,7 @@ OP = register(
         of_length=lambda n: _case(2, 4, n),
         any_case=_any_case,
         traffic="read data and noise, write noisy and target",
-        flops=lambda data, *_: 4 * data.numel(),
+        flops=lambda data, *_, **__: 4 * data.numel(),
         differentiable=False,
         exact=True,
     )

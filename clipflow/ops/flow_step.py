@@ -385,7 +385,7 @@ OP = register(
         of_length=lambda n: _case((2, 4, n), "dpmpp_2m", "samples", second=True),
         any_case=_any_case,
         traffic="read latents, velocity and previous; write latents, model input and what is kept",
-        flops=lambda latents, *_: 12 * latents.numel(),
+        flops=lambda latents, *_, **__: 12 * latents.numel(),
         differentiable=False,
         exact=True,
     )

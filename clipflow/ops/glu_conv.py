@@ -239,7 +239,7 @@ OP = register(
         of_length=lambda N: _case(2, (1, N), 12, pre_silu=True),
         any_case=_any_case,
         traffic="read x, write y, half as large; weight and bias are 20 values a channel of y",
-        flops=lambda x, *_: x.numel() // 2 * (36 + 8),
+        flops=lambda x, *_, **__: x.numel() // 2 * (36 + 8),
     )
 )
 

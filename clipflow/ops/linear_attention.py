@@ -204,7 +204,7 @@ OP = register(
         of_length=lambda N: _case(2, N, 3, 16),
         any_case=_any_case,
         traffic="read q, k, v, write y",
-        flops=lambda q, *_: 4 * q.numel() * q.shape[-1],
+        flops=lambda q, *_, **__: 4 * q.numel() * q.shape[-1],
     )
 )
 

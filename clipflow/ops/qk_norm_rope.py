@@ -397,7 +397,7 @@ OP = register(
         of_length=lambda L: _case(2, L, 2, 24, Hk=1),
         any_case=_any_case,
         traffic="read q and k, write q' and k'; tables are 2 * L * K values, read once a sample",
-        flops=lambda q, k, *_: 8 * (q.numel() + k.numel()),
+        flops=lambda q, k, *_, **__: 8 * (q.numel() + k.numel()),
     )
 )
 

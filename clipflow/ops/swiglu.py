@@ -160,7 +160,7 @@ OP = register(
         of_length=lambda L: _case(2, L, 24),
         any_case=_any_case,
         traffic="read a and b, write y",
-        flops=lambda a, *_: 5 * a.numel(),
+        flops=lambda a, *_, **__: 5 * a.numel(),
     )
 )
 
