@@ -86,8 +86,8 @@ inline Modulation modulation_of(const char* op, const Tensor& x, const std::opti
 inline NormShape shape_of(const char* op, const Tensor& x, int64_t rows, bool rms, double eps,
                           std::initializer_list<const Tensor*> outputs) {
   const int64_t channels = x.size(x.dim() - 1), tokens = x.numel() / channels;
-  STD_TORCH_CHECK(rows > 0 && tokens % rows == 0, op, ": ", tokens, " tokens must be a multiple of ",
-                  rows, " rows of modulation");
+  STD_TORCH_CHECK(rows > 0 && tokens % rows == 0, op, ": x must have a multiple of ", rows,
+                  " tokens, as many as there are rows of modulation, got ", tokens);
   int64_t bytes = 0;
   bool aligned = true;
   for (const Tensor* output : outputs) {
