@@ -30,7 +30,10 @@ def tensors(device, second, rows=2, velocity=torch.bfloat16):
 def assert_same(found, wanted):
     for one, other in zip(found, wanted, strict=True):
         assert one.dtype == other.dtype
-        assert torch.equal(one, other)
+        if TRITON_INTERPRETED and one.dtype == torch.bfloat16:  # it cuts off, the GPU rounds
+            torch.testing.assert_close(one, other, rtol=2**-7, atol=0)
+        else:
+            assert torch.equal(one, other)
 
 
 @every_backend

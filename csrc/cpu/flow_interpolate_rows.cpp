@@ -14,7 +14,7 @@
 #include "cpu/flow_interpolate_rows.h"
 
 #include "common/lanes.h"
-#include "common/streaming.h"
+#include "common/stream_first.h"
 
 namespace clipflow {
 namespace {
@@ -31,8 +31,8 @@ CLIPFLOW_INLINE void run(const FlowInterpolate& a, int64_t begin, int64_t end,
   const bool streamed = a.streamed && can_stream(noisy) && can_stream(target);
   for_lanes<Lanes>(end - begin, [&](int64_t d, int64_t count) {
     const Lanes x = load_first(data + d, count), z = load_first(noise + d, count);
-    store_or_stream(noisy + d, rest * x + sigma * z, count, streamed);
-    store_or_stream(target + d, z - x, count, streamed);
+    stream_first(noisy + d, rest * x + sigma * z, count, streamed);
+    stream_first(target + d, z - x, count, streamed);
   });
 }
 
@@ -46,7 +46,7 @@ void blocks(const FlowInterpolate& a, int64_t begin, int64_t end) {
     run<T>(a, start + first, start + last,
            static_cast<const typename Wide<T>::One*>(a.sigmas)[sample]);
   }
-  if (a.streamed) finish_streams();
+  if (a.streamed) stream_end();
 }
 
 }  // namespace

@@ -13,7 +13,7 @@
 #include "cpu/flow_step_rows.h"
 
 #include "common/lanes.h"
-#include "common/streaming.h"
+#include "common/stream_first.h"
 
 namespace clipflow {
 namespace {
@@ -51,11 +51,11 @@ CLIPFLOW_INLINE void run(const FlowStep& a, int64_t begin, int64_t end, double s
         target = keeps + gain * (keeps - load_first(previous + d, count));
       y = keep * x + rest * target;
     }
-    if (kept) store_or_stream(kept + d, keeps, count, streamed);
-    store_or_stream(out + d, y, count, streamed);
+    if (kept) stream_first(kept + d, keeps, count, streamed);
+    stream_first(out + d, y, count, streamed);
     if (model_input) {
-      store_or_stream(model_input + d, y, count, streamed);
-      if constexpr (guided) store_or_stream(model_input + total + d, y, count, streamed);
+      stream_first(model_input + d, y, count, streamed);
+      if constexpr (guided) stream_first(model_input + total + d, y, count, streamed);
     }
   });
 }
@@ -69,7 +69,7 @@ void blocks(const FlowStep& a, int64_t begin, int64_t end) {
     run<V, M, form, guided>(a, start + first, start + last,
                             a.guidances ? a.guidances[sample] : a.guidance);
   }
-  if (a.streamed) finish_streams();
+  if (a.streamed) stream_end();
 }
 
 #define CLIPFLOW_FORM(V, M, form) {blocks<V, M, form, false>, blocks<V, M, form, true>}
