@@ -278,12 +278,18 @@ def _triton_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     from clipflow.kernels.triton import qk_norm_rope as kernel  # Triton is an optional dependency
 
-    x = _laid_out(x, options[0])
-    weight = None if weight is None else weight.contiguous()
     d_x, d_weight, d_bias = kernel.backward(
-        grad.contiguous(), x, weight, cos, sin, NORMS[norm], *options, want_affine=(weight, bias)
+        grad.contiguous(),
+        _laid_out(x, options[0]),
+        None if weight is None else weight.contiguous(),
+        cos,
+        sin,
+        NORMS[norm],
+        *options,
+        parameters=weight is not None or bias is not None,
     )
-    return d_x, d_weight, d_bias
+    d_weight = None if weight is None else d_weight.to(x.dtype)
+    return d_x, d_weight, None if bias is None else d_bias.to(x.dtype)
 
 
 def _fake(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
