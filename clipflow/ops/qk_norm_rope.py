@@ -75,62 +75,66 @@ def qk_norm_rope(
         ValueError: there is no such norm, or weights or biases without one.
         BackendUnavailable: the named backend cannot run this call.
     """
+    _check(q, k, norm)
+    group = k_group = q.shape[3]
+    if across_heads:
+        group, k_group = group * q.shape[2], group * k.shape[2]
+    if q_weight is not None:
+        _check_parameter("q_weight", q_weight, group, norm, q)
+    if k_weight is not None:
+        _check_parameter("k_weight", k_weight, k_group, norm, q)
+    if q_bias is not None:
+        _check_parameter("q_bias", q_bias, group, norm, q)
+    if k_bias is not None:
+        _check_parameter("k_bias", k_bias, k_group, norm, q)
+    q_cos, q_sin = (None, None) if q_rope is None else _tables("q_rope", q_rope, q)
+    k_cos, k_sin = (None, None) if k_rope is None else _tables("k_rope", k_rope, k)
     affine = (q_weight, k_weight, q_bias, k_bias)
-    _check(q, k, affine, norm, across_heads)
-    q_cos, q_sin = _tables("q_rope", q_rope, q)
-    k_cos, k_sin = _tables("k_rope", k_rope, k)
     name = OP.select(q, backend)
     if name == "eager":
         return reference(q, k, *affine, q_rope, k_rope, norm, across_heads, interleaved, eps)
-    ropes = (q_cos, q_sin, k_cos, k_sin)
-    options = (NORMS.index(norm), across_heads, interleaved, eps)
+    options = (q_cos, q_sin, k_cos, k_sin, NORMS.index(norm), across_heads, interleaved, eps)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, *affine)):
-        return _QKNormRope.apply(q, k, *affine, *ropes, *options, name)
-    return OP.backends[name].forward(q, k, *affine, *ropes, *options)
+        return _QKNormRope.apply(q, k, *affine, *options, name)
+    return OP.backends[name].forward(q, k, *affine, *options)
 
 
-def _check(
-    q: Tensor, k: Tensor, affine: tuple[Tensor | None, ...], norm: str, across_heads: bool
-) -> None:
+def _check(q: Tensor, k: Tensor, norm: str) -> None:
     check_dims("qk_norm_rope", "q", q, "[B, L, H, K]")
     check_floating("qk_norm_rope", "q", q)
     check_dims("qk_norm_rope", "k", k, "[B, S, Hk, K]")
     check_like("qk_norm_rope", "k", k, "q", q)
-    B, _, H, K = q.shape
-    _, S, Hk, _ = k.shape
-    check_shape("qk_norm_rope", "k", k, (B, S, Hk, K))
+    B, _, _, K = q.shape
+    k_B, S, Hk, k_K = k.shape
+    if k_B != B or k_K != K:
+        check_shape("qk_norm_rope", "k", k, (B, S, Hk, K))
     if K % 2 or not K:
         raise ShapeError(f"qk_norm_rope: q must be [B, L, H, K] with K even, got {list(q.shape)}")
     if norm not in NORMS:
         raise ValueError(f"qk_norm_rope: norm must be one of {', '.join(NORMS)}, got {norm!r}")
-    if affine == (None, None, None, None):
-        return
+
+
+def _check_parameter(name: str, parameter: Tensor, group: int, norm: str, q: Tensor) -> None:
     if norm == "none":
-        raise ValueError("qk_norm_rope: norm must be 'rms' or 'layer' with weights or biases")
-    q_wanted, k_wanted = ((H * K,), (Hk * K,)) if across_heads else ((K,), (K,))
-    for tensor, name, wanted in zip(
-        affine,
-        ("q_weight", "k_weight", "q_bias", "k_bias"),
-        (q_wanted, k_wanted, q_wanted, k_wanted),
-        strict=True,
-    ):
-        if tensor is not None:
-            check_shape("qk_norm_rope", name, tensor, wanted)
-            check_like("qk_norm_rope", name, tensor, "q", q)
+        raise ValueError(f"qk_norm_rope: {name} must be None with norm 'none', got a tensor")
+    check_shape("qk_norm_rope", name, parameter, (group,))
+    check_like("qk_norm_rope", name, parameter, "q", q)
 
 
-def _tables(name: str, rope: Rope | None, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    if rope is None:
-        return None, None
+def _tables(name: str, rope: Rope, x: Tensor) -> Rope:
+    """`rope` as the kernels want it: checked, contiguous, and without a gradient."""
     cos, sin = rope
-    for part, table in ((f"{name} cos", cos), (f"{name} sin", sin)):
-        check_shape("qk_norm_rope", part, table, (x.shape[1], x.shape[3] // 2))
+    wanted = (x.shape[1], x.shape[3] // 2)
+    for part, table in (("cos", cos), ("sin", sin)):
+        check_shape("qk_norm_rope", f"{name} {part}", table, wanted)
         if table.dtype is not torch.float32 or table.device != x.device:
             raise TypeError(
-                f"qk_norm_rope: {part} must be torch.float32 on {x.device}, "
+                f"qk_norm_rope: {name} {part} must be torch.float32 on {x.device}, "
                 f"got {table.dtype} on {table.device}"
             )
-    return cos.detach().contiguous(), sin.detach().contiguous()
+    if cos.requires_grad or sin.requires_grad:
+        cos, sin = cos.detach(), sin.detach()
+    return cos.contiguous(), sin.contiguous()
 
 
 def reference(
@@ -274,12 +278,18 @@ def _triton_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     from clipflow.kernels.triton import qk_norm_rope as kernel  # Triton is an optional dependency
 
-    x = _laid_out(x, options[0])
-    weight = None if weight is None else weight.contiguous()
     d_x, d_weight, d_bias = kernel.backward(
-        grad.contiguous(), x, weight, cos, sin, NORMS[norm], *options, want_affine=(weight, bias)
+        grad.contiguous(),
+        _laid_out(x, options[0]),
+        None if weight is None else weight.contiguous(),
+        cos,
+        sin,
+        NORMS[norm],
+        *options,
+        parameters=weight is not None or bias is not None,
     )
-    return d_x, d_weight, d_bias
+    d_weight = None if weight is None else d_weight.to(x.dtype)
+    return d_x, d_weight, None if bias is None else d_bias.to(x.dtype)
 
 
 def _fake(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
