@@ -85,11 +85,11 @@ def measure(
     op: Op, case: Case, device: torch.device, dtype: torch.dtype, args: argparse.Namespace
 ) -> tuple[list[Result], list[str]]:
     """Rows of one case, one a contender, and a line for each contender with wrong results."""
-    inputs, options = case.inputs(device, dtype), case.options(device)
+    inputs = case.inputs(device, dtype)
     contenders: dict[str, Call] = {}
     errors, wrong = {}, []
-    calls = candidates(op, inputs, options, compile_peer=not args.quick)
-    measure_error = error_meter(op, inputs, options)
+    calls = candidates(op, case, inputs, compile_peer=not args.quick)
+    measure_error = error_meter(op, case, inputs)
     for name, call in calls.items():
         errors[name], allowed = measure_error(call())
         if errors[name] <= allowed:
@@ -127,18 +127,19 @@ def measure(
 
 
 def candidates(
-    op: Op, inputs: tuple[Tensor, ...], options: dict[str, object], *, compile_peer: bool
+    op: Op, case: Case, inputs: tuple[Tensor, ...], *, compile_peer: bool
 ) -> dict[str, Callable[[], Output]]:
     """Every willing backend of the op, by name, and the reference under torch.compile."""
+    public, options = case.of(op.public), case.options(inputs[0].device)
     calls = {
-        name: partial(op.public, *inputs, backend=name, **options)
+        name: partial(public, *inputs, backend=name, **options)
         for name in op.backends
         if op.refusal(inputs[0], name) is None
     }
     if compile_peer:
         torch._dynamo.reset()  # each case at its best: static shapes, no recompile limit
         mode = "max-autotune-no-cudagraphs" if inputs[0].is_cuda else None
-        compiled = torch.compile(op.public, fullgraph=True, dynamic=False, mode=mode)
+        compiled = torch.compile(public, fullgraph=True, dynamic=False, mode=mode)
         calls["inductor"] = partial(compiled, *inputs, backend="eager", **options)
     return calls
 
@@ -148,17 +149,18 @@ def tensors(output: Output) -> tuple[Tensor, ...]:
 
 
 def error_meter(
-    op: Op, inputs: tuple[Tensor, ...], options: dict[str, object]
+    op: Op, case: Case, inputs: tuple[Tensor, ...]
 ) -> Callable[[Output], tuple[float, float]]:
     """A function of an output: its largest error against float64, and what is allowed.
 
     Allowed is twice eager's own error, plus one ulp. Of several outputs, the one that is furthest
     from what it is allowed.
     """
-    wide = tuple(t.double() for t in inputs)
-    exact = op.truth(*wide, **options) if op.truth else op.public(*wide, backend="eager", **options)
+    wide, options = tuple(t.double() for t in inputs), case.options(inputs[0].device)
+    run_eager = partial(case.of(op.public), backend="eager", **options)
+    exact = case.of(op.truth)(*wide, **options) if op.truth else run_eager(*wide)
     truth = tensors(op.decoded(exact))
-    eager = tensors(op.decoded(op.public(*inputs, backend="eager", **options)))
+    eager = tensors(op.decoded(run_eager(*inputs)))
     allowed = [
         2 * (e.double() - t).abs().max().item() + torch.finfo(e.dtype).eps * t.abs().max().item()
         for e, t in zip(eager, truth, strict=True)
@@ -177,8 +179,8 @@ def host_overhead(
 ) -> list[Result]:
     """Microseconds that one call costs beyond an empty Python call, on the op's smallest case."""
     case = min(op.cases, key=lambda case: case.inputs(device, dtype)[0].numel())
-    inputs, options = case.inputs(device, dtype), case.options(device)
-    calls = candidates(op, inputs, options, compile_peer=False)
+    inputs = case.inputs(device, dtype)
+    calls = candidates(op, case, inputs, compile_peer=False)
     times = interleaved(
         {**calls, "empty": lambda: None},
         rounds=args.rounds,

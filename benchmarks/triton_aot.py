@@ -76,7 +76,7 @@ def op_launches(op: Op, dtype: torch.dtype) -> list[Launch]:
             for case in cases:
                 inputs = case.inputs(device, dtype)
                 inputs = [tensor.requires_grad_(op.differentiable) for tensor in inputs]
-                out = op.public(*inputs, backend="triton", **case.options(device))
+                out = case.of(op.public)(*inputs, backend="triton", **case.options(device))
                 if op.differentiable:
                     outs = [out] if isinstance(out, torch.Tensor) else list(out)
                     torch.autograd.grad(outs, inputs, [torch.zeros_like(o) for o in outs])

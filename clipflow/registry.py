@@ -38,13 +38,23 @@ class Case:
     `inputs(device, dtype)` returns the floating tensors, in positional order, which are the ones to
     differentiate; `options(device)` the keyword arguments of the public function that go with them.
     Inputs at the positions `shared` have no batch dimension, such as weights; the first dimension
-    of all others is the batch.
+    of all others is the batch. Where some arguments before the last input are left out, or are
+    keyword-only, `names` has the argument's name of each input.
     """
 
     name: str
     inputs: Callable[[torch.device, torch.dtype], tuple[Tensor, ...]]
     options: Callable[[torch.device], dict[str, object]] = lambda device: {}
     shared: frozenset[int] = frozenset()
+    names: tuple[str, ...] = ()
+
+    def of(self, function: Callable[..., Output]) -> Callable[..., Output]:
+        """`function` with this case's inputs as its positional arguments."""
+        if not self.names:
+            return function
+        return lambda *inputs, **options: function(
+            **dict(zip(self.names, inputs, strict=True)), **options
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ def backends_under_test(op: Op) -> list[str]:
 
 
 def run(op: Op, case: Case, inputs: tuple[Tensor, ...], backend: str) -> Output:
-    return op.public(*inputs, **case.options(inputs[0].device), backend=backend)
+    return case.of(op.public)(*inputs, **case.options(inputs[0].device), backend=backend)
 
 
 def outputs(op: Op, output: Output, prefix: str = "y") -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ def truth_of(op: Op, case: Case, inputs: tuple[Tensor, ...]) -> dict[str, Tensor
     """The exact results, computed in float64."""
     wide = tuple(t.double() for t in inputs)
     if op.truth is not None:
-        return outputs(op, op.truth(*wide, **case.options(inputs[0].device)))
+        return outputs(op, case.of(op.truth)(*wide, **case.options(inputs[0].device)))
     ys = outputs(op, run(op, case, inputs, "eager"))
     return results(op, case, wide, "eager", {name: wave(y) for name, y in ys.items()})
 

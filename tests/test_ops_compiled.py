@@ -29,7 +29,7 @@ def test_compiles_whole_with_gradients(op, case, backend, device):
     options = case.options(device)
 
     def whole(*tensors):
-        ys = outputs(op, op.public(*tensors, **options, backend=backend))
+        ys = outputs(op, case.of(op.public)(*tensors, **options, backend=backend))
         return {name: y * 2 for name, y in ys.items()}
 
     leaves = [t.clone().requires_grad_(op.differentiable) for t in inputs]
@@ -61,8 +61,9 @@ def test_inductor_runs_the_op(op, case, backend, device):
     inputs, options = case.inputs(device, torch.float32), case.options(device)
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda *t: outputs(op, op.public(*t, **options, backend=backend)), fullgraph=True
+        lambda *t: outputs(op, case.of(op.public)(*t, **options, backend=backend)),
+        fullgraph=True,
     )
-    plain = outputs(op, op.public(*inputs, **options, backend=backend))
+    plain = outputs(op, case.of(op.public)(*inputs, **options, backend=backend))
     for name, y in compiled(*inputs).items():
         torch.testing.assert_close(y, plain[name])
