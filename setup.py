@@ -102,7 +102,10 @@ setup(
     # The Triton kernels lie beside csrc/, and are installed as clipflow.kernels.triton.
     packages=[*find_packages(include=["clipflow", "clipflow.*"]), "clipflow.kernels.triton"],
     package_dir={"clipflow.kernels.triton": "kernels/triton"},
-    package_data={"clipflow": ["assets/**/*", "recipes/**/*.yaml"]},
+    package_data={
+        "clipflow": ["assets/**/*", "recipes/**/*.yaml"],
+        "clipflow.kernels.triton": ["configs.json"],
+    },
     ext_modules=[] if missing else [Extension("clipflow._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

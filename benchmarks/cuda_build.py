@@ -150,7 +150,7 @@ def _demangled(names: list[str]) -> list[str]:
         ["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True
     ).stdout
     # "void clipflow::(anonymous namespace)::kernel<float, 4>(float const*, ...)" -> "kernel<...>"
-    return [re.sub(r"^.*::(?=\w+(<|\())|\(.*$", "", line.replace("(anonymous namespace)::", ""))
+    return [re.sub(r"^.*?::(?=\w+(<|\())|\(.*$", "", line.replace("(anonymous namespace)::", ""))
             for line in text.splitlines()]  # fmt: skip
 
 

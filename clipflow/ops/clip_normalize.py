@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clipflow.errors import ShapeError, check_dims, check_floating, check_shape
-from clipflow.registry import Case, Op, eager, native, register
+from clipflow.registry import Case, Op, eager, native, register, triton
 
 MODES = ("l2", "layer", "standardize")
 
@@ -49,7 +49,7 @@ def clip_normalize(
         pool: side of the pooled squares; pool=4 makes 8x8 tokens out of 32x32.
         eps: least length ("l2") or least `std` ("standardize"); added to the variance ("layer").
         inverse: undo "standardize"; not defined for the other modes or with pooling.
-        backend: "auto", or one of "eager", "native".
+        backend: "auto", or one of "eager", "native", "triton".
 
     Returns:
         [B, N / pool**2, C], contiguous, dtype of `x`; computed in float32. Differentiable in `x`
@@ -174,6 +174,29 @@ def _native_backward(
     )
 
 
+def _triton(
+    x: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    mode: str,
+    pool: int,
+    eps: float,
+    inverse: bool,
+) -> Tensor:
+    from clipflow.kernels.triton import clip_normalize as kernel  # Triton is optional
+
+    return kernel.forward(x.contiguous(), _wide(mean, x), _wide(std, x), mode, pool, eps, inverse)
+
+
+def _triton_backward(
+    grad: Tensor, x: Tensor, std: Tensor | None, mode: str, pool: int, eps: float, inverse: bool
+) -> Tensor:
+    from clipflow.kernels.triton import clip_normalize as kernel  # Triton is optional
+
+    wide = _wide(std, x)
+    return kernel.backward(grad.contiguous(), x.contiguous(), wide, mode, pool, eps, inverse)
+
+
 def _wide(statistic: Tensor | None, x: Tensor) -> Tensor | None:
     """`statistic` in the type the kernel computes in, as a constant."""
     if statistic is None:
@@ -238,8 +261,9 @@ OP = register(
         backends={
             "eager": eager(reference),
             "native": native("clip_normalize", _native, _native_backward),
+            "triton": triton(_triton, _triton_backward),
         },
-        order=("native", "eager"),
+        order=("native", "triton", "eager"),
         # One token; odd sizes that leave a tail; pooled grids.
         cases=(
             _case(1, 1, 8, "l2"),

@@ -37,17 +37,19 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
 
-// N elements that are loaded and stored as one word; N is 1 or fills 16 bytes.
+// N elements that lie side by side: one, or 16 bytes, or several times 16 bytes.
 template <typename T, int N>
-struct alignas(sizeof(T) * N) Pack {
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T at[N];
 };
 
 template <typename T, int N>
 __device__ inline Pack<T, N> load(const T* from) {
   Pack<T, N> pack;
-  if constexpr (sizeof(pack) == 16) {
-    *reinterpret_cast<uint4*>(&pack) = *reinterpret_cast<const uint4*>(from);
+  if constexpr (sizeof(pack) >= 16) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); ++i)
+      reinterpret_cast<uint4*>(&pack)[i] = reinterpret_cast<const uint4*>(from)[i];
   } else {
     pack = *reinterpret_cast<const Pack<T, N>*>(from);
   }
@@ -59,8 +61,10 @@ __device__ inline void store(T* to, const float* values) {
   Pack<T, N> pack;
 #pragma unroll
   for (int i = 0; i < N; ++i) pack.at[i] = from_float<T>(values[i]);
-  if constexpr (sizeof(pack) == 16) {
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&pack);
+  if constexpr (sizeof(pack) >= 16) {
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(pack) / 16); ++i)
+      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(&pack)[i];
   } else {
     *reinterpret_cast<Pack<T, N>*>(to) = pack;
   }

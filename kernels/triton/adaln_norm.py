@@ -14,6 +14,7 @@ whatever else is in the batch.
 import torch
 import triton
 import triton.language as tl
+from clipflow.kernels.triton import _configs, _rows
 from torch import Tensor
 
 # Shape suffixes: B = batch, L = tokens of a sample, D = channels.
@@ -24,16 +25,6 @@ SUM_BLOCK_CHUNKS = 32
 
 # do_not_specialize below names the numbers that change from batch to batch and that no load's width
 # depends on: Triton would compile again for those that are 1 or a multiple of 16.
-
-
-@triton.jit
-def _row_moments(x, inside, channels):
-    """Return (x - mean [ROWS, D], variance [ROWS]) of the rows of a tile; zero outside."""
-    mean = tl.sum(x, axis=1) / channels
-    # Masked lanes would add mean**2 to the variance.
-    centered = tl.where(inside, x - mean[:, None], 0.0)
-    variance = tl.sum(centered * centered, axis=1) / channels
-    return centered, variance
 
 
 @triton.jit(do_not_specialize=["tokens", "tokens_per_sample"])
@@ -59,7 +50,7 @@ def adaln_norm_fwd_kernel(
 
     at = token[:, None] * channels + d[None, :]
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    centered, variance = _row_moments(x, inside, channels)
+    centered, variance = _rows.moments(x, inside, channels)
     rstd = tl.rsqrt(variance + eps)
 
     scale_at = sample[:, None] * scale_stride + d[None, :]
@@ -103,7 +94,7 @@ def adaln_norm_bwd_kernel(
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
 
-        centered, variance = _row_moments(x, inside, channels)
+        centered, variance = _rows.moments(x, inside, channels)
         rstd = tl.rsqrt(variance + eps)[:, None]
         normed = centered * rstd
         # Rows past the end have no variance: with eps = 0 their rstd is infinite.
@@ -167,7 +158,7 @@ def forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
-    rows, block, warps = _tile(D)
+    rows, block, warps = _configs.tile("adaln_norm", D, x.get_device())
     with torch.cuda.device(x.get_device()):  # the CPU's -1, in the interpreter, does nothing
         adaln_norm_fwd_kernel[(triton.cdiv(B * L, rows),)](
             x, shift, scale, y, B * L, L, D, shift.stride(0), scale.stride(0), eps,
@@ -195,7 +186,7 @@ def backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor
         zeros = scale.new_zeros(B, D)
         return d_x, zeros, zeros.clone()
     d_shift, d_scale = scale.new_empty(B, D), scale.new_empty(B, D)
-    rows, block, warps = _tile(D)
+    rows, block, warps = _configs.tile("adaln_norm_backward", D, x.get_device())
     chunk_rows = max(rows, _chunk_rows(L))
     chunks = triton.cdiv(L, chunk_rows)
     partial = torch.empty(2, B, chunks, D, dtype=torch.float32, device=x.device)
@@ -211,19 +202,10 @@ def backward(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor
     return d_x, d_shift, d_scale
 
 
-def _tile(channels: int) -> tuple[int, int, int]:
-    """Rows and channels that a program holds, and its warps: about 8 to 16 values a lane.
-
-    Depends on D alone: a row is summed in the same order in every batch.
-    """
-    block = triton.next_power_of_2(channels)
-    rows = min(16, max(1, 512 // block))
-    return rows, block, min(16, max(1, rows * block // 256))
-
-
 def _chunk_rows(tokens: int) -> int:
     """Rows that one backward program sums: about 16 chunks a sample, of 4 to 64 rows each.
 
-    Depends on L alone, for the same reason; 64 rows keep the partial sums' traffic under 5 %.
+    Depends on L alone: sums must not depend on the batch. 64 rows keep the partial sums' traffic
+    under 5 %.
     """
     return min(64, max(4, triton.next_power_of_2(tokens) // 16))
