@@ -2,7 +2,7 @@
 
 Run: python benchmarks/report.py [--results DIR] [--out DIR] [--short]
 
-`--short` first measures: ops and imports with few rounds, and what GPU kernels take, for CI. The
+`--short` first measures, for CI: ops and imports with few rounds, and what GPU kernels take. The
 newest result of each kind, device and dtype is shown. Every case is listed, losses too.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -20,6 +19,7 @@ from benchmarks.machine import RESULTS
 from benchmarks.ratio_plot import ratio_plot
 from benchmarks.roofline_plot import roofline_plot
 
+SHORT_RUN = RESULTS.parents[1] / "build" / "bench"
 Result = dict[str, object]
 PLOTS = """![ratios](ratios.svg)
 
@@ -33,18 +33,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="report", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument(
-        "--out", type=Path, help="folder of report.md and ratios.svg; default: --results"
+        "--out", type=Path, help="folder of the report; default: --results, or build/bench"
     )
     parser.add_argument("--short", action="store_true", help="measure quickly, and report that")
     args = parser.parse_args(argv)
-    out = args.out or args.results
-    status = 0
-    if args.short:
-        with tempfile.TemporaryDirectory() as folder:
-            status = measure_short(Path(folder))
-            results = load(Path(folder))
-    else:
-        results = load(args.results)
+    out = args.out or (SHORT_RUN if args.short else args.results)
+    status = measure_short(out) if args.short else 0
+    results = load(out if args.short else args.results)
     if not results:
         print(
             f"report: --results must hold JSON results, found none in {args.results}",
@@ -60,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure_short(folder: Path) -> int:
+    """Measure quickly, leave the results in `folder`, and return 1 if anything was wrong."""
     from benchmarks import kernels, ops, startup  # only here: rendering needs no op
 
     wrong = ops.main(["--quick", "--json", str(folder / "ops.json")])
