@@ -3,6 +3,7 @@
 from clipflow.ops.adaln_norm import adaln_norm
 from clipflow.ops.adaln_norm_quant import adaln_norm_quant
 from clipflow.ops.clip_normalize import clip_normalize
+from clipflow.ops.dit_attention import dit_attention
 from clipflow.ops.flow_interpolate import flow_interpolate
 from clipflow.ops.flow_step import flow_step
 from clipflow.ops.gated_residual_norm import gated_residual_norm
@@ -20,6 +21,7 @@ __all__ = [
     "adaln_norm_quant",
     "all_ops",
     "clip_normalize",
+    "dit_attention",
     "explain",
     "flow_interpolate",
     "flow_step",
