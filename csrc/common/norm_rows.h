@@ -34,11 +34,13 @@ struct Prepared {
   One* offset;
 };
 
-template <typename T>
+// Meanwhile asks for the rows that come next: their first pass would wait for memory.
+template <typename T, typename... Next>
 CLIPFLOW_INLINE Moments<OneOf<T>> moments_about(const T* x, int64_t channels, double eps,
-                                                OneOf<T> mean) {
+                                                OneOf<T> mean, const Next*... next) {
   using One = OneOf<T>;
   const One variance = sum_over<LanesOf<T>>(channels, [&](int64_t d, int64_t count) {
+                         (__builtin_prefetch(next + d), ...);
                          const LanesOf<T> centered = load_first(x + d, count) - mean;
                          return centered * centered;
                        }) / channels;
@@ -52,7 +54,7 @@ CLIPFLOW_INLINE Moments<OneOf<T>> moments(const T* x, const NormShape& shape) {
     mean = sum_over<LanesOf<T>>(shape.channels, [&](int64_t d, int64_t count) {
              return load_first(x + d, count);
            }) / shape.channels;
-  return moments_about(x, shape.channels, shape.eps, mean);
+  return moments_about(x, shape.channels, shape.eps, mean, x + shape.channels);
 }
 
 // Gain and offset of one row of modulation.
@@ -105,10 +107,20 @@ CLIPFLOW_INLINE Floats rounded(const Float16*, Floats value) {
   return widen_float16(narrow_float16(value));
 }
 
-// Asks for row `from` + `channels` while a row is worked on: its first pass would wait for memory.
-template <typename T>
-CLIPFLOW_INLINE void prefetch(const T* from, int64_t d) {
-  __builtin_prefetch(from + d);
+// Where a row of the stream is kept for the norm: in `h` itself, if it can be read back from there.
+template <bool kStream, typename T>
+CLIPFLOW_INLINE OneOf<T>* kept_row(T* h, OneOf<T>* scratch) {
+  if constexpr (sizeof(T) == sizeof(OneOf<T>) && !kStream)
+    return h;
+  else
+    return scratch;
+}
+
+// Stores a row's `value` at `d` of `h`, and of `kept` if that is another row.
+template <bool kStream, typename T>
+CLIPFLOW_INLINE void keep(T* h, OneOf<T>* kept, int64_t d, LanesOf<T> value, int64_t count) {
+  put<kStream>(h + d, value, count);
+  if constexpr (sizeof(T) != sizeof(OneOf<T>) || kStream) store(kept + d, value);
 }
 
 template <bool kStream, typename From, typename T>

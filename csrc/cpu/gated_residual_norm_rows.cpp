@@ -30,7 +30,7 @@ void forward_tokens(const GatedResidualForward& a, int64_t begin, int64_t end, v
   const int64_t channels = a.shape.channels, row_size = padded(channels);
   One* const gain = static_cast<One*>(scratch);
   One* const gate = gain + 2 * row_size;
-  One* const hidden = gain + 3 * row_size;
+  One* const spare = gain + 3 * row_size;
   const Prepared<One> rows = {gain, gain + row_size};
   for_tokens(
       a.shape.tokens, begin, end,
@@ -43,16 +43,16 @@ void forward_tokens(const GatedResidualForward& a, int64_t begin, int64_t end, v
         const T* y = static_cast<const T*>(a.y) + token * channels;
         T* h = static_cast<T*>(a.h) + token * channels;
         T* normed = static_cast<T*>(a.normed) + token * channels;
+        One* const kept = kept_row<kStream>(h, spare);
         const One sum = sum_over<Lanes>(channels, [&](int64_t d, int64_t count) {
           const Lanes branch = load(gate + d) * load_first(y + d, count);
           const Lanes value = rounded(h, load_first(x + d, count) + branch);
-          put<kStream>(h + d, value, count);
-          store(hidden + d, value);
+          keep<kStream>(h, kept, d, value, count);
           return value;
         });
         const One mean = a.shape.rms ? 0 : sum / channels;
-        const auto moment = moments_about(hidden, channels, a.shape.eps, mean);
-        modulate<kStream>(hidden, moment, rows, normed, channels);
+        const auto moment = moments_about(kept, channels, a.shape.eps, mean, x + channels, y + channels);
+        modulate<kStream>(kept, moment, rows, normed, channels);
       });
   if (kStream) stream_end();
 }

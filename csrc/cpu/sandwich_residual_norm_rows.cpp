@@ -30,7 +30,7 @@ void forward_tokens(const SandwichResidualForward& a, int64_t begin, int64_t end
   const int64_t channels = a.shape.channels, row_size = padded(channels);
   One* const gain = static_cast<One*>(scratch);
   One* const gate = gain + 2 * row_size;
-  One* const hidden = gain + 3 * row_size;
+  One* const spare = gain + 3 * row_size;
   const Prepared<One> rows = {gain, gain + row_size};
   for_tokens(
       a.shape.tokens, begin, end,
@@ -43,17 +43,17 @@ void forward_tokens(const SandwichResidualForward& a, int64_t begin, int64_t end
         const T* y = static_cast<const T*>(a.y) + token * channels;
         T* h = static_cast<T*>(a.h) + token * channels;
         T* normed = static_cast<T*>(a.normed) + token * channels;
-        const One rstd = moments_about(y, channels, a.shape.eps, One{0}).rstd;
+        One* const kept = kept_row<kStream>(h, spare);
+        const One rstd = moments_about(y, channels, a.shape.eps, One{0}, x, y + channels).rstd;
         const One squares = sum_over<Lanes>(channels, [&](int64_t d, int64_t count) {
           const Lanes branch = load(gate + d) * (load_first(y + d, count) * rstd);
           const Lanes value = rounded(h, load_first(x + d, count) + branch);
-          put<kStream>(h + d, value, count);
-          store(hidden + d, value);
+          keep<kStream>(h, kept, d, value, count);
           return value * value;
         });
         const One mean_square = squares / channels + static_cast<One>(a.shape.eps);
         const Moments<One> moment = {0, 1 / square_root(mean_square)};
-        modulate<kStream>(hidden, moment, rows, normed, channels);
+        modulate<kStream>(kept, moment, rows, normed, channels);
       });
   if (kStream) stream_end();
 }
