@@ -37,7 +37,7 @@ def swiglu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
         has the bits of PyTorch's vector code: on the CPU those that `F.silu(a) * b` has wherever
         it runs whole registers (instruction sets with fused multiply-add). Eager's own bits depend
         on the place and the number of threads: it gives the last values of a thread's share to
-        another exp, and then about 4 % of the results differ, by at most 3 ulp.
+        another exp, and then about 4 % of the results differ, by at most 4 ulp.
 
     Raises:
         ShapeError: `a` has no dimension, or `b` not the shape of `a`.

@@ -33,8 +33,7 @@ CLIPFLOW_INLINE Doubles table(const float* from, int64_t count, Doubles) {
 
 CLIPFLOW_INLINE Floats swap_neighbors(Floats x) {
   Bits32 order;
-  for (int64_t lane = 0; lane < kLanes<Floats>; ++lane)
-    order[lane] = static_cast<uint32_t>(lane ^ 1);
+  for (uint32_t lane = 0; lane < kLanes<Floats>; ++lane) order[lane] = lane ^ 1;
   return __builtin_shuffle(x, order);
 }
 CLIPFLOW_INLINE Doubles swap_neighbors(Doubles x) {
