@@ -27,7 +27,6 @@ namespace {
 
 constexpr int64_t kBlockRows = 64;     // rows whose prepared form stays in the L2 cache
 constexpr int64_t kBlockGroups = 64;   // groups of one panel that stay in the L1 cache: 16 KiB
-constexpr int64_t kTileRows = 8;
 
 using Ints = int32_t __attribute__((vector_size(kRegisterBytes)));
 using Bytes = int8_t __attribute__((vector_size(kRegisterBytes / 4)));
@@ -67,17 +66,37 @@ CLIPFLOW_INLINE float scale_of(const T* x, int64_t count) {
   return scale > 0x1p-126f ? scale : 0x1p-126f;
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// GCC 12 narrows to bytes one value at a time.
+CLIPFLOW_INLINE void store_bytes(Ints low, Ints high, int8_t* to) {
+  __m256i both = _mm256_packs_epi32((__m256i)low, (__m256i)high);
+  both = _mm256_permute4x64_epi64(both, 0b11011000);
+  const __m128i bytes =
+      _mm_packs_epi16(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+  __builtin_memcpy(to, &bytes, sizeof bytes);
+}
+#endif
+
 // Values [d, d + 16) of a row, quantized, half to even; 0 past its end.
 template <typename T>
 CLIPFLOW_INLINE void quantize_group(const T* x, int64_t d, int64_t count, float scale, int8_t* q) {
-  for (int64_t i = 0; i < kGroup; i += kLanes<Floats>) {
-    int64_t in_use = count - d - i;
-    in_use = in_use < 0 ? 0 : in_use < kLanes<Floats> ? in_use : kLanes<Floats>;
-    // The sum's last bits are the rounded quotient.
-    const Floats sum = load_first(x + d + i, in_use) / scale + 0x1.8p23f;
-    const Bytes rounded = __builtin_convertvector((Ints)sum, Bytes);
-    __builtin_memcpy(q + i, &rounded, sizeof rounded);
+  constexpr int64_t kParts = kGroup / kLanes<Floats>;
+  Ints parts[kParts];
+  for (int64_t part = 0; part < kParts; ++part) {
+    const int64_t first = d + part * kLanes<Floats>, left = count - first;
+    const int64_t in_use = left < 0 ? 0 : left < kLanes<Floats> ? left : kLanes<Floats>;
+    // The last bits of the sum are the rounded quotient.
+    const Floats sum = load_first(x + first, in_use) / scale + 0x1.8p23f;
+    parts[part] = (Ints)sum - 0x4b400000;
   }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  store_bytes(parts[0], parts[1], q);
+#else
+  for (int64_t part = 0; part < kParts; ++part) {
+    const Bytes bytes = __builtin_convertvector(parts[part], Bytes);
+    __builtin_memcpy(q + part * kLanes<Floats>, &bytes, sizeof bytes);
+  }
+#endif
 }
 
 CLIPFLOW_INLINE void quantize_group(const int8_t* x, int64_t d, int64_t count, float, int8_t* q) {
@@ -264,9 +283,22 @@ CLIPFLOW_INLINE Vector broadcast(const void* four) {
 constexpr int64_t kVectors = kPanel * 4 / sizeof(Vector);  // that hold four k of a panel
 constexpr int64_t kVectorSums = sizeof(Vector) / 4;
 
+CLIPFLOW_INLINE Vector weight_at(const uint8_t* weight, int64_t four, int64_t v) {
+  return load_raw<Vector>(weight + four * kPanel * 4 + v * sizeof(Vector));
+}
+
 CLIPFLOW_INLINE void add_to(int32_t* sums, Vector value) {
   value = add_32(load_raw<Vector>(sums), value);
   __builtin_memcpy(sums, &value, sizeof value);
+}
+
+// GCC would turn sums into trees that need more registers than there are.
+CLIPFLOW_INLINE void keep_order(Vector& value) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(value));
+#else
+  asm("" : "+x"(value));
+#endif
 }
 
 // Groups [begin, end) of rows that keep the rules.
@@ -275,9 +307,10 @@ CLIPFLOW_INLINE void multiply_grouped(const uint8_t* weight, const uint8_t* x, i
                                       int64_t begin, int64_t end, int32_t* sums) {
   for (int64_t g = begin; g < end; ++g) {
     Vector w[4][kVectors];
-    __builtin_memcpy(w, weight + g * 4 * kPanel * 4, sizeof w);
+    for (int64_t i = 0; i < 4; ++i)
+      for (int64_t v = 0; v < kVectors; ++v) w[i][v] = weight_at(weight, 4 * g + i, v);
     const uint8_t* from = x + g * kPreparedGroup;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int64_t r = 0; r < kRows; ++r, from += row_bytes) {
       Vector sum[kVectors];
       const Vector start = broadcast(from);
@@ -285,7 +318,10 @@ CLIPFLOW_INLINE void multiply_grouped(const uint8_t* weight, const uint8_t* x, i
 #pragma GCC unroll 4
       for (int64_t i = 0; i < 4; ++i) {
         const Vector q = broadcast(from + 4 + 4 * i);
-        for (int64_t v = 0; v < kVectors; ++v) sum[v] = add_16(sum[v], products(w[i][v], q));
+        for (int64_t v = 0; v < kVectors; ++v) {
+          sum[v] = add_16(sum[v], products(w[i][v], q));
+          keep_order(sum[v]);
+        }
       }
       for (int64_t v = 0; v < kVectors; ++v)
         add_to(sums + r * kPanel + v * kVectorSums, add_pairs(sum[v]));
@@ -300,7 +336,7 @@ void multiply_any(const QuantizedLinear& a, const uint8_t* weight, const uint8_t
     const Vector q = broadcast(x + four / 4 * kPreparedGroup + 4 + four % 4 * 4);
     const Vector half = halve_8(q), rest = subtract_8(q, half);
     for (int64_t v = 0; v < kVectors; ++v) {
-      const Vector w = load_raw<Vector>(weight + four * kPanel * 4 + v * sizeof(Vector));
+      const Vector w = weight_at(weight, four, v);
       add_to(sums + v * kVectorSums,
              add_32(add_pairs(products(w, half)), add_pairs(products(w, rest))));
     }
@@ -309,14 +345,16 @@ void multiply_any(const QuantizedLinear& a, const uint8_t* weight, const uint8_t
 
 void multiply_remainders(const Remainder* remainders, int64_t count, const uint8_t* weight,
                          int32_t* sums) {
+  if (count == 0) return;
+  Vector sum[kVectors] = {};
   for (int64_t i = 0; i < count; ++i) {
     const Vector q = broadcast(remainders[i].values);
-    const uint8_t* from = weight + int64_t{remainders[i].four} * kPanel * 4;
     for (int64_t v = 0; v < kVectors; ++v) {
-      const Vector w = load_raw<Vector>(from + v * sizeof(Vector));
-      add_to(sums + v * kVectorSums, add_pairs(products(w, q)));
+      const Vector w = weight_at(weight, remainders[i].four, v);
+      sum[v] = add_32(sum[v], add_pairs(products(w, q)));
     }
   }
+  for (int64_t v = 0; v < kVectors; ++v) add_to(sums + v * kVectorSums, sum[v]);
 }
 
 // Without VNNI. Rows beside each other that keep the rules go through the groups together.
@@ -330,11 +368,16 @@ void multiply_panel(const QuantizedLinear& a, const uint8_t* weight, int64_t fir
       while (together < kTileRows && r + together < rows && !header(a, first + r + together)->plain)
         ++together;
       const uint8_t* x = groups_of(header(a, first + r));
-      if (together == kTileRows)
+      if (together == kTileRows) {
         multiply_grouped<kTileRows>(weight, x, a.row_bytes, begin, end, sums.of[r]);
-      else if (together > 0)
+      } else if (together >= 4) {
+        multiply_grouped<4>(weight, x, a.row_bytes, begin, end, sums.of[r]);
+        together = 4;
+      } else if (together >= 1) {
         multiply_grouped<1>(weight, x, a.row_bytes, begin, end, sums.of[r]);
-      r += together == kTileRows ? kTileRows : 1;
+        together = 1;
+      }
+      r += together > 0 ? together : 1;  // a row that breaks them comes below
     }
   }
   for (int64_t r = 0; r < rows; ++r) {
@@ -368,7 +411,7 @@ CLIPFLOW_VNNI void multiply_panel_dot(const QuantizedLinear& a, const uint8_t* w
 #pragma GCC unroll 4
       for (int64_t i = 0; i < 4; ++i) {
         Vector w[kVectors];
-        __builtin_memcpy(w, weight + (g * 4 + i) * kPanel * 4, sizeof w);
+        for (int64_t v = 0; v < kVectors; ++v) w[v] = weight_at(weight, 4 * g + i, v);
 #pragma GCC unroll 14
         for (int64_t r = 0; r < kDotRows; ++r) {
           const Vector q = broadcast(x[r] + g * kPreparedGroup + 4 + 4 * i);
@@ -419,8 +462,9 @@ CLIPFLOW_INLINE void finish(const QuantizedLinear& a, const PreparedRow* row, co
 template <typename T>
 void multiply(const QuantizedLinear& a, int64_t begin, int64_t end) {
   Sums sums;
-  for (int64_t first = 0; first < a.rows; first += kBlockRows) {
-    const int64_t rows = a.rows - first < kBlockRows ? a.rows - first : kBlockRows;
+  const int64_t block = even_share(a.rows, kBlockRows);
+  for (int64_t first = 0; first < a.rows; first += block) {
+    const int64_t rows = a.rows - first < block ? a.rows - first : block;
     for (int64_t panel = begin; panel < end; ++panel) {
       const uint8_t* weight = a.weight + panel * a.groups * kGroup * kPanel;
 #if defined(__AVX2__)

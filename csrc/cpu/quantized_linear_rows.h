@@ -11,8 +11,16 @@ namespace clipflow {
 
 constexpr int64_t kPanel = 16;            // output channels that are computed together
 constexpr int64_t kGroup = 16;            // input channels that are summed in 16 bits: four fours
+constexpr int64_t kTileRows = 8;          // rows that a weight in registers is multiplied by
 constexpr int64_t kPreparedGroup = 20;    // 16 int8 values, and what their sums start from
 constexpr int64_t kRemainderBytes = 8;    // a remainder: which four, and its 4 values
+
+// `count` rows in shares of at most `most`, as even as whole tiles allow.
+static inline int64_t even_share(int64_t count, int64_t most) {
+  const int64_t shares = (count + most - 1) / most;
+  const int64_t share = ((count + shares - 1) / shares + kTileRows - 1) / kTileRows * kTileRows;
+  return share < most ? share : most;
+}
 
 // What leads a prepared row: groups of kPreparedGroup bytes follow, then the remainders.
 struct PreparedRow {
