@@ -27,6 +27,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_ops.py tests/test_ops_properties.py \
+	    tests/test_pictures_of_backends.py \
 	    tests/triton_interpret
 
 bench: $(READY)

@@ -1,6 +1,7 @@
-"""Compile the CUDA sources with nvcc, without a GPU, and read what each kernel takes.
+"""What each CUDA kernel takes, read without a GPU.
 
-Only for tests and tables: the extension itself is built by CMake from the same flags.
+From the extension if it is up to date and has the wanted architectures, as in CI; else each source
+is compiled with nvcc, by the flags that CMake uses.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from pathlib import Path
 
 import torch
 
+from clipflow import extension
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-_COMPILING = re.compile(r"Compiling entry function '(\S+)' for '(sm_\w+)'")
-_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-_USED = re.compile(r"Used (\d+) registers")
-_SHARED = re.compile(r"(\d+) bytes smem")
+_RESOURCES = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,29 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
+def kernels_of(source: Path, archs: tuple[str, ...], folder: Path) -> list[CudaKernel]:
+    """The kernels of `source` for `archs`, e.g. ("80", "90a"); `folder` is for what is compiled.
+
+    Raises:
+        RuntimeError: nvcc is needed, and is not installed or refuses the source.
+    """
+    if extension_is_current(archs):
+        found = _read(Path(extension._C.__file__), archs)
+        return [kernel for kernel in found if kernel.name.startswith(source.stem)]
+    return build(source, archs, folder)
+
+
+def extension_is_current(archs: tuple[str, ...]) -> bool:
+    """Whether the extension holds kernels for `archs` made from the sources as they are now."""
+    if not set(archs) <= set(extension.build_facts().get("cuda_archs", ())):
+        return False
+    files = [*REPOSITORY.glob("csrc/**/*"), REPOSITORY / "CMakeLists.txt"]
+    newest = max(path.stat().st_mtime for path in files)
+    return Path(extension._C.__file__).stat().st_mtime >= newest
+
+
 def build(source: Path, archs: tuple[str, ...], folder: Path) -> list[CudaKernel]:
-    """Compile `source` for `archs`, e.g. ("80", "90a"), into `folder`.
+    """Compile `source` for `archs` into `folder`.
 
     Raises:
         RuntimeError: nvcc is not installed or refuses the source (the text has its messages).
@@ -60,7 +81,7 @@ def build(source: Path, archs: tuple[str, ...], folder: Path) -> list[CudaKernel
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"nvcc failed on {source.name}:\n{done.stderr}")
-        kernels += _kernels(done.stderr, _sass(nvcc, cubin))
+        kernels += _read(cubin, (arch,))
     return kernels
 
 
@@ -76,27 +97,52 @@ def _flags() -> list[str]:
         include / "torch" / "csrc" / "api" / "include",
         Path(sysconfig.get_path("include")),
     ]
-    return ["-O3", "-std=c++20", "-Xptxas", "-v", f"-D{target[0]}", *(f"-I{f}" for f in folders)]
+    return ["-O3", "-std=c++20", f"-D{target[0]}", *(f"-I{f}" for f in folders)]
 
 
-def _kernels(ptxas_log: str, sass: dict[str, str]) -> list[CudaKernel]:
-    """Read `ptxas -v`: for each entry its name and architecture, then spills, then registers."""
-    kernels = []
-    parts = _COMPILING.split(ptxas_log)[1:]
-    names = _demangled(parts[0::3])
-    for name, mangled, arch, text in zip(names, parts[0::3], parts[1::3], parts[2::3], strict=True):
-        shared = _SHARED.search(text)
-        kernels.append(
-            CudaKernel(
-                name=name,
-                arch=arch,
-                registers=int(_USED.search(text)[1]),
-                spilled_bytes=sum(int(n) for n in _SPILLS.search(text).groups()),
-                shared_bytes=int(shared[1]) if shared else 0,
-                sass=sass[mangled],
-            )
+def _read(binary: Path, archs: tuple[str, ...]) -> list[CudaKernel]:
+    """Resources and instructions of every kernel in a cubin or a library."""
+    sass = {
+        (arch, name): text
+        for arch, code in _by_arch("-sass", binary, archs)
+        for name, text in _functions(code)
+    }
+    resources = [
+        (arch, found.groups())
+        for arch, text in _by_arch("-res-usage", binary, archs)
+        for found in _RESOURCES.finditer(text)
+    ]
+    names = _demangled([mangled for _, (mangled, *_) in resources])
+    return [
+        CudaKernel(
+            name=name,
+            arch=arch,
+            registers=int(registers),
+            spilled_bytes=int(stack),  # no kernel has a stack frame but for spills
+            shared_bytes=int(shared),
+            sass=sass[arch, mangled],
         )
-    return kernels
+        for name, (arch, (mangled, registers, stack, shared)) in zip(names, resources, strict=True)
+    ]
+
+
+def _by_arch(option: str, binary: Path, archs: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(architecture, text) for each of `archs`, as cuobjdump prints them."""
+    text = subprocess.run(
+        [_cuobjdump(), option, str(binary)], check=True, capture_output=True, text=True
+    ).stdout
+    if binary.suffix == ".cubin":
+        return [(f"sm_{archs[0]}", text)]
+    parts = re.split(r"\narch = (sm_\w+)\n", text)[1:]
+    wanted = {f"sm_{arch}" for arch in archs}
+    pairs = zip(parts[0::2], parts[1::2], strict=True)
+    return [(arch, code) for arch, code in pairs if arch in wanted]
+
+
+def _functions(code: str) -> list[tuple[str, str]]:
+    """(mangled name, machine instructions) of each kernel."""
+    parts = re.split(r"\n\s*Function : (\S+)", code)[1:]
+    return list(zip(parts[0::2], parts[1::2], strict=True))
 
 
 def _demangled(names: list[str]) -> list[str]:
@@ -108,17 +154,10 @@ def _demangled(names: list[str]) -> list[str]:
             for line in text.splitlines()]  # fmt: skip
 
 
-def _sass(nvcc: str, cubin: Path) -> dict[str, str]:
-    """Machine instructions by mangled kernel name."""
-    tool = shutil.which("cuobjdump", path=str(Path(nvcc).resolve().parent)) or _triton_cuobjdump()
-    text = subprocess.run(
-        [tool, "-sass", str(cubin)], check=True, capture_output=True, text=True
-    ).stdout
-    parts = re.split(r"\n\s*Function : (\S+)", text)[1:]
-    return dict(zip(parts[0::2], parts[1::2], strict=True))
-
-
-def _triton_cuobjdump() -> str:
+def _cuobjdump() -> str:
+    beside = shutil.which("cuobjdump", path=str(Path(find_nvcc() or "/").resolve().parent))
+    if beside is not None:
+        return beside
     from benchmarks.triton_aot import CUOBJDUMP  # nvcc without its binary tools: Triton brings one
 
     return str(CUOBJDUMP)

@@ -100,9 +100,8 @@ def ceilings(device: torch.device, dtype: torch.dtype, *, quick: bool) -> dict[s
 def write_result(kind: str, body: dict[str, object], path: Path | None) -> Path:
     """Write `body` with machine, date and command as JSON; by default a dated file in results/."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    if path is None:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{now:%Y-%m-%d-%H%M%S}-{kind}.json"
+    path = path or RESULTS / f"{now:%Y-%m-%d-%H%M%S}-{kind}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     head = {"kind": kind, "date": f"{now:%Y-%m-%d %H:%M} UTC", "command": _command()}
     path.write_text(json.dumps({**head, "machine": facts(), **body}, indent=1) + "\n")
     return path

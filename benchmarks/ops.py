@@ -1,4 +1,4 @@
-"""Time every registered op on every backend against eager PyTorch and torch.compile.
+"""Time every registered op on every backend against eager PyTorch, torch.compile and its peers.
 
 Run: python benchmarks/ops.py [--op adaln_norm] [--device cpu] [--dtype float32] [--quick]
 
@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import baseline, contenders
+from benchmarks.contenders import GENERAL_PEERS
 from benchmarks.machine import ceilings, facts, keep_freed_memory, write_result
 from benchmarks.ratios import paired_ratio, summarize
-from benchmarks.timing import Call, interleaved
+from benchmarks.timing import Call, Times, interleaved
 from clipflow.ops import all_ops
-from clipflow.registry import Case, Op, Output
+from clipflow.registry import Case, Op
 
-PEERS = ("eager", "inductor")
 Result = dict[str, object]
 
 
@@ -34,6 +34,11 @@ Result = dict[str, object]
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    ops = [op for op in all_ops() if args.op in (None, op.name)]
+    if not ops:
+        names = ", ".join(op.name for op in all_ops())
+        print(f"ops: --op must be one of {names}, got {args.op!r}", file=sys.stderr)
+        return 2
     torch.manual_seed(0)
     keep_freed_memory()
     machine = facts()
@@ -43,24 +48,23 @@ def main(argv: list[str] | None = None) -> int:
     print("copy {copy_gb_per_s:.1f} GB/s, GEMM {gemm_gflop_per_s:.0f} GFLOP/s".format(**limits))
 
     rows, wrong, hosts = [], [], []
-    for op in all_ops():
-        if args.op not in (None, op.name):
-            continue
-        for case in op.timed:
-            found, failed = measure(op, case, device, dtype, args)
-            rows += found
-            wrong += failed
+    todo = [(op, case) for op in ops for case in chosen_cases(op, quick=args.quick)]
+    for op, case in tqdm(todo, unit="case", disable=None):  # no bar in a log file
+        found, failed = measure(op, case, device, dtype, args)
+        rows += found
+        wrong += failed
+    for op in ops:
         hosts += host_overhead(op, device, dtype, args)
-    if args.op is not None and not rows:
-        print(f"ops: --op must name a registered op, got {args.op!r}", file=sys.stderr)
-        return 2
 
     summaries = summaries_of(rows)
     print_summaries(summaries, hosts)
-    for line in wrong:
-        print(f"WRONG, not timed: {line}", file=sys.stderr)
     settings = {"device": args.device, "dtype": args.dtype, "rounds": args.rounds}
     body = {"settings": settings, "ceilings": limits, "rows": rows, "summaries": summaries}
+    body["warnings"] = baseline.warnings(body, baseline.load())
+    for line in wrong:
+        print(f"WRONG, not timed: {line}", file=sys.stderr)
+    for line in body["warnings"]:
+        print(f"warning: fell by more than a quarter: {line}", file=sys.stderr)
     print(write_result("ops", {**body, "host": hosts, "wrong": wrong}, args.json))
     return 1 if wrong else 0
 
@@ -81,97 +85,65 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def chosen_cases(op: Op, *, quick: bool) -> tuple[Case, ...]:
+    """All timed sizes; the first, middle and last of them in a quick run."""
+    most = len(op.timed)
+    return tuple(op.timed[i] for i in sorted({0, most // 2, most - 1})) if quick else op.timed
+
+
 def measure(
     op: Op, case: Case, device: torch.device, dtype: torch.dtype, args: argparse.Namespace
 ) -> tuple[list[Result], list[str]]:
     """Rows of one case, one a contender, and a line for each contender with wrong results."""
     inputs = case.inputs(device, dtype)
-    contenders: dict[str, Call] = {}
+    calls = contenders.backends_of(op, case, inputs)
+    if not args.quick:
+        calls["inductor"] = contenders.compiled(op, case, inputs)
+    measure_error = contenders.error_meter(op, case, inputs)
     errors, wrong = {}, []
-    calls = candidates(op, case, inputs, compile_peer=not args.quick)
-    measure_error = error_meter(op, case, inputs)
     for name, call in calls.items():
         errors[name], allowed = measure_error(call())
-        if errors[name] <= allowed:
-            contenders[name] = partial(call)
-        else:
+        if errors[name] > allowed:
             wrong.append(f"{op.name} {case.name} {name}: {errors[name]:.2e} > {allowed:.2e}")
-    moved = sum(t.nbytes for t in (*inputs, *tensors(contenders["eager"]())))
+            calls[name] = None
+    timed: dict[str, Call] = {name: call for name, call in calls.items() if call is not None}
+    peers = contenders.special_peers(op, case, inputs)
+    moved = sum(t.nbytes for t in (*inputs, *contenders.tensors(timed["eager"]())))
     source = torch.empty(max(1, moved // 2), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
     times = interleaved(
-        {**contenders, "copy": lambda: target.copy_(source)},
+        {**timed, **peers, "copy": partial(target.copy_, source)},
         rounds=args.rounds,
         block_seconds=args.block,
         device=device,
     )
-    rows = []
-    for name in contenders:
-        peers = [peer for peer in PEERS if peer in contenders and peer != name]
-        ratios = {p: vars(paired_ratio(times[p].wall, times[name].wall)) for p in peers}
-        # Wall time on a shared machine measures the neighbors too; processor time does not.
-        cpu = {p: vars(paired_ratio(times[p].cpu, times[name].cpu)) for p in peers}
-        rows.append(
-            {
-                "op": op.name, "case": case.name, "backend": name,
-                "device": device.type, "dtype": args.dtype,
-                "wall_us": times[name].median * 1e6, "cpu_us": times[name].median_cpu * 1e6,
-                "gb_per_s": moved / times[name].median / 1e9,
-                "share_of_copy": times["copy"].median / times[name].median,
-                "error": errors[name], "times_faster_than": ratios, "times_less_cpu_than": cpu,
-            }
-        )  # fmt: skip
+    named = [*peers, *GENERAL_PEERS]
+    head = {"op": op.name, "case": case.name, "device": device.type, "dtype": args.dtype}
+    work = {"bytes": moved, "flops": case.of(op.flops)(*inputs, **case.options(device))}
+    rows = [
+        {
+            **head, "backend": name, "peer": name in named, "error": errors.get(name),
+            **work, **timings(name, times, named, moved),
+        }
+        for name in (*timed, *peers)
+    ]  # fmt: skip
     print_rows(rows)
     return rows, wrong
 
 
-def candidates(
-    op: Op, case: Case, inputs: tuple[Tensor, ...], *, compile_peer: bool
-) -> dict[str, Callable[[], Output]]:
-    """Every willing backend of the op, by name, and the reference under torch.compile."""
-    public, options = case.of(op.public), case.options(inputs[0].device)
-    calls = {
-        name: partial(public, *inputs, backend=name, **options)
-        for name in op.backends
-        if op.refusal(inputs[0], name) is None
+def timings(name: str, times: dict[str, Times], peers: list[str], moved: int) -> Result:
+    """Microseconds, rates, and paired ratios against every peer but itself."""
+    ours, others = times[name], [p for p in peers if p in times and p != name]
+    return {
+        "wall_us": ours.median * 1e6,
+        "cpu_us": ours.median_cpu * 1e6,
+        "gb_per_s": moved / ours.median / 1e9,
+        "share_of_copy": times["copy"].median / ours.median,
+        "times_faster_than": {p: vars(paired_ratio(times[p].wall, ours.wall)) for p in others},
+        # Wall time on a shared machine measures the neighbors too; processor time does not.
+        "times_less_cpu_than": {p: vars(paired_ratio(times[p].cpu, ours.cpu)) for p in others},
     }
-    if compile_peer:
-        torch._dynamo.reset()  # each case at its best: static shapes, no recompile limit
-        mode = "max-autotune-no-cudagraphs" if inputs[0].is_cuda else None
-        compiled = torch.compile(public, fullgraph=True, dynamic=False, mode=mode)
-        calls["inductor"] = partial(compiled, *inputs, backend="eager", **options)
-    return calls
-
-
-def tensors(output: Output) -> tuple[Tensor, ...]:
-    return (output,) if isinstance(output, Tensor) else tuple(output)
-
-
-def error_meter(
-    op: Op, case: Case, inputs: tuple[Tensor, ...]
-) -> Callable[[Output], tuple[float, float]]:
-    """A function of an output: its largest error against float64, and what is allowed.
-
-    Allowed is twice eager's own error, plus one ulp. Of several outputs, the one that is furthest
-    from what it is allowed.
-    """
-    wide, options = tuple(t.double() for t in inputs), case.options(inputs[0].device)
-    run_eager = partial(case.of(op.public), backend="eager", **options)
-    exact = case.of(op.truth)(*wide, **options) if op.truth else run_eager(*wide)
-    truth = tensors(op.decoded(exact))
-    eager = tensors(op.decoded(run_eager(*inputs)))
-    allowed = [
-        2 * (e.double() - t).abs().max().item() + torch.finfo(e.dtype).eps * t.abs().max().item()
-        for e, t in zip(eager, truth, strict=True)
-    ]
-
-    def meter(output: Output) -> tuple[float, float]:
-        found = tensors(op.decoded(output))
-        errors = [(y.double() - t).abs().max().item() for y, t in zip(found, truth, strict=True)]
-        return max(zip(errors, allowed, strict=True), key=lambda pair: pair[0] - pair[1])
-
-    return meter
 
 
 def host_overhead(
@@ -179,8 +151,7 @@ def host_overhead(
 ) -> list[Result]:
     """Microseconds that one call costs beyond an empty Python call, on the op's smallest case."""
     case = min(op.cases, key=lambda case: case.inputs(device, dtype)[0].numel())
-    inputs = case.inputs(device, dtype)
-    calls = candidates(op, case, inputs, compile_peer=False)
+    calls = contenders.backends_of(op, case, case.inputs(device, dtype))
     times = interleaved(
         {**calls, "empty": lambda: None},
         rounds=args.rounds,
@@ -199,7 +170,7 @@ def summaries_of(rows: list[Result]) -> list[Result]:
     grouped: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in rows:
         for peer, ratio in row["times_faster_than"].items():
-            if row["backend"] not in PEERS:
+            if not row["peer"]:
                 key = (row["op"], row["backend"], peer)
                 grouped.setdefault(key, {})[row["case"]] = ratio["value"]
     return [
@@ -210,11 +181,11 @@ def summaries_of(rows: list[Result]) -> list[Result]:
 
 def print_rows(rows: list[Result]) -> None:
     for row in rows:
-        text = f"{row['op']:<16}{row['case']:<40}{row['backend']:<10}{row['wall_us']:>11.1f} us"
+        text = f"{row['op']:<22}{row['case']:<36}{row['backend']:<12}{row['wall_us']:>11.1f} us"
         text += f"{row['cpu_us']:>11.1f} cpu us{row['gb_per_s']:>8.1f} GB/s"
         for peer, r in row["times_faster_than"].items():
             text += f"  {r['value']:.2f}x {peer} [{r['low']:.2f}, {r['high']:.2f}]"
-        print(text, flush=True)
+        tqdm.write(text)
 
 
 def print_summaries(summaries: list[Result], hosts: list[Result]) -> None:

@@ -22,9 +22,10 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Summary:
-    """Ratios of many cases: geometric mean, the worst with its name, and every case below 1."""
+    """Ratios of many cases: geometric mean, worst with its name, best, and every case below 1."""
 
     geomean: float
+    best: float
     worst: float
     worst_case: str
     losses: tuple[str, ...]
@@ -61,6 +62,7 @@ def summarize(ratios: dict[str, float]) -> Summary:
     worst = min(ratios, key=lambda case: ratios[case])
     return Summary(
         geomean=geomean(list(ratios.values())),
+        best=max(ratios.values()),
         worst=ratios[worst],
         worst_case=worst,
         losses=tuple(case for case, ratio in ratios.items() if ratio < 1),

@@ -2,7 +2,7 @@
 
 Run: python benchmarks/report.py [--results DIR] [--out DIR] [--short]
 
-`--short` first measures: ops and imports with few rounds, in less than two minutes, for CI. The
+`--short` first measures, for CI: ops and imports with few rounds, and what GPU kernels take. The
 newest result of each kind, device and dtype is shown. Every case is listed, losses too.
 """
 
@@ -11,33 +11,35 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import RESULTS
 from benchmarks.ratio_plot import ratio_plot
+from benchmarks.roofline_plot import roofline_plot
 
+SHORT_RUN = RESULTS.parents[1] / "build" / "bench"
 Result = dict[str, object]
+PLOTS = """![ratios](ratios.svg)
+
+A dot is the geometric mean over an op's cases, its line runs from the worst to the best case.
+
+![roofline](roofline.svg)
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="report", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument(
-        "--out", type=Path, help="folder of report.md and ratios.svg; default: --results"
+        "--out", type=Path, help="folder of the report; default: --results, or build/bench"
     )
     parser.add_argument("--short", action="store_true", help="measure quickly, and report that")
     args = parser.parse_args(argv)
-    out = args.out or args.results
-    status = 0
-    if args.short:
-        with tempfile.TemporaryDirectory() as folder:
-            status = measure_short(Path(folder))
-            results = load(Path(folder))
-    else:
-        results = load(args.results)
+    out = args.out or (SHORT_RUN if args.short else args.results)
+    status = measure_short(out) if args.short else 0
+    results = load(out if args.short else args.results)
     if not results:
         print(
             f"report: --results must hold JSON results, found none in {args.results}",
@@ -47,16 +49,19 @@ def main(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(render(results))
     (out / "ratios.svg").write_text(ratio_plot(ratio_bars(results)))
-    print(f"{out / 'report.md'}\n{out / 'ratios.svg'}")
+    (out / "roofline.svg").write_text(roofline(results))
+    print(*(out / name for name in ("report.md", "ratios.svg", "roofline.svg")), sep="\n")
     return status
 
 
 def measure_short(folder: Path) -> int:
-    from benchmarks import ops, startup  # only here: rendering needs no op
+    """Measure quickly, leave the results in `folder`, and return 1 if anything was wrong."""
+    from benchmarks import kernels, ops, startup  # only here: rendering needs no op
 
     wrong = ops.main(["--quick", "--json", str(folder / "ops.json")])
     startup.main(["--quick", "--json", str(folder / "startup.json")])
-    return wrong
+    spilled = kernels.main(["--json", str(folder / "kernels.json")])
+    return wrong or spilled
 
 
 def load(folder: Path) -> list[Result]:
@@ -74,7 +79,7 @@ def load(folder: Path) -> list[Result]:
 def render(results: list[Result]) -> str:
     """The whole report as Markdown."""
     sections = {"ops": ops_section, "startup": startup_section, "kernels": kernels_section}
-    parts = ["# clipflow benchmarks\n", "![ratios](ratios.svg)\n"]
+    parts = ["# clipflow benchmarks\n", PLOTS]
     for result in results:
         parts += [heading(result), sections[result["kind"]](result)]
     return "\n".join(parts)
@@ -100,18 +105,21 @@ def ops_section(result: Result) -> str:
         "processor time.\n"
     ]
     lines += [f"**Wrong, not timed:** {line}\n" for line in result["wrong"]]
+    lines += [
+        f"**Warning, fell by more than a quarter:** {line}\n" for line in result.get("warnings", [])
+    ]
     lines += summary_table(result["summaries"])
-    header = ("op", "case", "backend", "us", "cpu us", "GB/s", "of copy")
-    header += ("x eager", "cpu", "x Inductor", "cpu")
+    header = ("op", "case", "backend", "us", "cpu us", "GB/s", "of copy", "times faster than")
     rows = []
     for row in result["rows"]:
         times = [f"{row['wall_us']:.1f}", f"{row['cpu_us']:.1f}", f"{row['gb_per_s']:.2f}"]
-        ratios = []
-        for peer in ("eager", "inductor"):
-            ratios.append(ratio_text(row["times_faster_than"].get(peer)))
-            ratios.append(ratio_text(row["times_less_cpu_than"].get(peer)))
+        ratios = [
+            f"{peer} {ratio_text(ratio)} (cpu {row['times_less_cpu_than'][peer]['value']:.2f})"
+            for peer, ratio in row["times_faster_than"].items()
+            if not row["peer"]
+        ]
         share = f"{row['share_of_copy']:.0%}"
-        rows.append((row["op"], row["case"], row["backend"], *times, share, *ratios))
+        rows.append((row["op"], row["case"], row["backend"], *times, share, ", ".join(ratios)))
     lines += table(header, rows)
     host = [(h["op"], h["case"], h["backend"], f"{h['us']:.1f}") for h in result["host"]]
     lines += ["Host overhead of one call over an empty Python call:\n"]
@@ -163,15 +171,29 @@ def ratio_text(ratio: dict[str, float] | None) -> str:
 
 
 def ratio_bars(results: list[Result]) -> list[tuple[str, dict[str, float]]]:
-    """Label and ratio of every case of ours against every peer."""
-    return [
-        (f"{row['op']} {row['case']}, {row['backend']} / {peer}", ratio)
-        for result in results
-        if result["kind"] == "ops"
-        for row in result["rows"]
-        if row["backend"] not in ("eager", "inductor")
-        for peer, ratio in row["times_faster_than"].items()
-    ]
+    """Label, and geometric mean with worst and best case, of every op of ours and peer."""
+    bars = []
+    for result in (r for r in results if r["kind"] == "ops"):
+        for s in result["summaries"]:
+            label = f"{s['op']}, {s['backend']} / {s['peer']}, {result['settings']['dtype']}"
+            bars.append((label, {"value": s["geomean"], "low": s["worst"], "high": s["best"]}))
+    return bars
+
+
+def roofline(results: list[Result]) -> str:
+    """The roofline of the first ops result: every case of every op, on its fastest backend."""
+    for result in (r for r in results if r["kind"] == "ops"):
+        fastest: dict[tuple[str, str], Result] = {}
+        for row in (row for row in result["rows"] if not row["peer"]):
+            key = (row["op"], row["case"])
+            if key not in fastest or row["wall_us"] < fastest[key]["wall_us"]:
+                fastest[key] = row
+        points = [
+            (row["op"], row["flops"] / row["bytes"], row["flops"] / row["wall_us"] / 1e3)
+            for row in fastest.values()
+        ]
+        return roofline_plot(points, **result["ceilings"])
+    return roofline_plot([], 1.0, 1.0)
 
 
 if __name__ == "__main__":

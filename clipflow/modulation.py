@@ -112,11 +112,11 @@ def gain(scale: Tensor, weight: Tensor | None, table: Tensor | None) -> Tensor:
     dtype = wide(scale)
     total = _one_plus(scale, table)
     total = total if weight is None else total * weight.to(dtype)
-    return total.flatten(0, -2).contiguous()
+    return total.contiguous()
 
 
 def _one_plus(scale: Tensor, table: Tensor | None) -> Tensor:
-    total = 1 + scale.to(wide(scale))
+    total = 1 + scale.flatten(0, -2).to(wide(scale))
     return total if table is None else total + table[1].to(total.dtype)
 
 
@@ -136,7 +136,7 @@ def modulation_grads(
     d_scale = d_gain if weight is None else d_gain * weight.to(d_gain.dtype)
     d_weight = d_table = d_shift = None
     if weight is not None:
-        d_weight = (d_gain * _one_plus(scale, table).view(d_gain.shape)).sum(0).to(dtype)
+        d_weight = (d_gain * _one_plus(scale, table)).sum(0).to(dtype)
     if table is not None:
         d_table = torch.stack([d_offset.sum(0), d_scale.sum(0)]).to(dtype)
     if shift is not None:

@@ -85,7 +85,7 @@ class Op:
         any_case: a working point drawn at random, for property tests: sizes, broadcast forms and
             options anywhere in what the op promises, with at most about 2**16 elements.
         traffic: bytes that must be moved, in words and symbols, e.g. "read x, write y".
-        flops: arithmetic operations of a call, from its inputs.
+        flops: arithmetic operations of a call, from its inputs and options.
         differentiable: whether the op has gradients.
         exact: whether every backend has eager's very bits in float32.
         batch_invariant: whether a sample's bits are the same in every batch and thread count.
@@ -195,6 +195,15 @@ def triton(
         return None
 
     return Implementation(forward=forward, backward=backward, refusal=refusal)
+
+
+def without_gradient(backend: Implementation) -> Implementation:
+    """`backend`, refusing calls that ask for a gradient, which would be lost in silence."""
+
+    def refusal(x: Tensor, gradient: bool = False, *_: object) -> str | None:
+        return "has no gradient" if gradient else backend.refusal(x)
+
+    return Implementation(forward=backend.forward, backward=None, refusal=refusal)
 
 
 def _checked(backend: str, source: str) -> str:

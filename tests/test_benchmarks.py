@@ -10,10 +10,13 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import kernels, report, startup
+from benchmarks import baseline, kernels, report, startup
+from benchmarks.contenders import error_meter
 from benchmarks.ratio_plot import FASTER, SLOWER, ratio_plot
 from benchmarks.ratios import geomean, paired_ratio, summarize
+from benchmarks.roofline_plot import roofline_plot
 from benchmarks.timing import interleaved
+from clipflow.ops import all_ops
 
 MACHINE = {
     "cpu": "Some CPU", "cores": 2, "threads": 2, "instruction_set": "AVX2", "load": 0.1,
@@ -24,8 +27,9 @@ MACHINE = {
 def ops_result(date: str, ratio: float) -> dict[str, object]:
     paired = {"value": ratio, "low": ratio * 0.9, "high": ratio * 1.1}
     row = {
-        "op": "adaln_norm", "case": "B2-L64-D192", "backend": "native", "wall_us": 20.0,
-        "cpu_us": 40.0, "gb_per_s": 5.0, "share_of_copy": 0.5, "error": 1e-6,
+        "op": "adaln_norm", "case": "B2-L64-D192", "backend": "native", "peer": False,
+        "wall_us": 20.0, "cpu_us": 40.0, "bytes": 1e5, "flops": 1e5,
+        "gb_per_s": 5.0, "share_of_copy": 0.5, "error": 1e-6,
         "times_faster_than": {"eager": paired}, "times_less_cpu_than": {"eager": paired},
     }  # fmt: skip
     summary = {"op": "adaln_norm", "backend": "native", "peer": "eager"}
@@ -136,12 +140,13 @@ def test_report_shows_the_newest_result_and_losses(tmp_path):
     assert report.main(["--results", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert "2026-01-02" in text
-    assert "**0.80 [0.72, 0.88]**" in text
+    assert "eager **0.80 [0.72, 0.88]** (cpu 0.80)" in text
     assert "| adaln_norm | native | eager | 0.80 | 0.80 | B2-L64-D192 | B2-L64-D192 |" in text
     assert "3.00" not in text
     assert "| one image | 1.50 s | 1.00 s | **no** |" in text
     assert "| nvcc | `k<float>` | sm_80 | 40 | 0 | 256 | 75% |" in text
-    ElementTree.parse(tmp_path / "out" / "ratios.svg")
+    for plot in ("ratios.svg", "roofline.svg"):
+        ElementTree.parse(tmp_path / "out" / plot)
 
 
 def test_report_without_results(tmp_path, capsys):
@@ -160,3 +165,43 @@ def test_plot_is_valid_and_colors_losses():
     circles = root.findall("{http://www.w3.org/2000/svg}circle")
     assert float(circles[0].get("cx")) > float(circles[1].get("cx"))
     ElementTree.fromstring(ratio_plot([]))
+
+
+def test_roofline_has_a_dot_a_case_below_its_roof():
+    points = [("adaln_norm", 0.5, 10.0), ("glu_conv", 20.0, 90.0)]
+    plot = ElementTree.fromstring(roofline_plot(points, 30.0, 100.0))
+    svg = "{http://www.w3.org/2000/svg}"
+    dots = plot.findall(f"{svg}circle")
+    assert len(dots) == 2
+    roof = plot.find(f"{svg}polyline").get("points").split()
+    highest = min(float(corner.split(",")[1]) for corner in roof)  # y points down
+    assert all(float(dot.get("cy")) > highest for dot in dots)
+    assert len(plot.findall(f"{svg}text")) > 4
+
+
+def test_a_fall_of_more_than_a_quarter_is_a_warning(tmp_path):
+    accepted = tmp_path / "baseline.json"
+    baseline.accept(ops_result("2026-01-01", 4.0), accepted)
+    known = baseline.load(accepted)
+    assert known == {"cpu float32 adaln_norm native / eager": 4.0}
+    assert baseline.warnings(ops_result("2026-01-02", 3.1), known) == []
+    (line,) = baseline.warnings(ops_result("2026-01-02", 2.9), known)
+    assert line == "cpu float32 adaln_norm native / eager: 2.90x, accepted was 4.00x"
+    assert baseline.main([str(tmp_path / "missing.json")]) == 2
+
+
+def test_a_wrong_result_is_seen():
+    op = next(op for op in all_ops() if op.name == "adaln_norm")
+    case = op.cases[1]
+    inputs = case.inputs(torch.device("cpu"), torch.float32)
+    meter = error_meter(op, case, inputs)
+    right = case.of(op.public)(*inputs, **case.options(inputs[0].device))
+    error, allowed = meter(right)
+    assert error <= allowed
+    error, allowed = meter(right + 1e-3)
+    assert error > allowed
+
+
+def test_every_file_of_peers_belongs_to_an_op():
+    files = {path.stem for path in (Path(report.__file__).parent / "peers").glob("*.py")}
+    assert files <= {op.name for op in all_ops()}

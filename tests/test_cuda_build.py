@@ -8,7 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.cuda_build import CudaKernel, build, find_nvcc, sources
+from benchmarks.cuda_build import CudaKernel, find_nvcc, kernels_of, sources
 
 pytestmark = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not installed")
 ARCHS = ("80", "90a")
@@ -17,7 +17,7 @@ ITEM_BYTES = {"float": 4, "__half": 2, "__nv_bfloat16": 2}
 
 @pytest.fixture(scope="module", params=sources(), ids=lambda path: path.name)
 def kernels(request, tmp_path_factory) -> list[CudaKernel]:
-    return build(request.param, ARCHS, tmp_path_factory.mktemp("cubin"))
+    return kernels_of(request.param, ARCHS, tmp_path_factory.mktemp("cubin"))
 
 
 def is_vector(kernel: CudaKernel) -> bool:

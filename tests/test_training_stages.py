@@ -204,12 +204,12 @@ class TestGeneration:
         with pytest.raises(RuntimeError, match="must run before"):
             aligned.loss(features)
         wanted = (features - aligned.mean) / aligned.std
-        aligned._keep(dit, (), wanted @ torch.linalg.pinv(aligned.projection).T)
+        aligned._keep(dit, (wanted @ torch.linalg.pinv(aligned.projection).T,))
         assert aligned.loss(features).abs() < 1e-5
 
-    def test_alignment_reads_its_block(self, model):
+    def test_alignment_reads_what_its_block_hands_on(self, model):
         dit = model.dit
         latents, condition = torch.randn(2, 16, 8, 8), torch.randn(2, 5, 128)
-        aligned = Alignment(dit, dit.config.num_layers, torch.randn(2, 64, 128))
+        aligned = Alignment(dit, dit.config.num_layers - 1, torch.randn(2, 64, 128))
         dit(latents, torch.tensor([3, 500]), condition)
         assert aligned.loss(torch.randn(2, 64, 128)).requires_grad

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clipflow.cli.arguments import UsageError, add_command
 
-NAMES = ("ops", "startup", "kernels", "report")
+NAMES = ("ops", "startup", "kernels", "report", "tune")
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -16,6 +16,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         commands, "bench", "measure the library on this machine", "clipflow bench ops"
     )
     parser.add_argument("name", choices=NAMES, nargs="?", default="ops", help="default: ops")
+    parser.add_argument("--tune", action="store_true", help="the same as the name tune")
     parser.add_argument(
         "arguments", nargs=argparse.REMAINDER, help="go to the benchmark; try --help there"
     )
@@ -23,8 +24,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    path = find_benchmark(args.name)
-    spec = importlib.util.spec_from_file_location(f"benchmarks.{args.name}", path)
+    name = "tune" if args.tune else args.name
+    path = find_benchmark(name)
+    spec = importlib.util.spec_from_file_location(f"benchmarks.{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main(args.arguments) or 0

@@ -47,6 +47,47 @@ def grid_position_table(
     return torch.cat([column, row], dim=-1).flatten(0, 1).float()
 
 
+def rope_table_1d(length: int, width: int, *, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Angles of rotary embedding by position, for `clipflow.ops.qk_norm_rope`.
+
+    Args:
+        length: positions 0 .. length - 1.
+        width: K, of a head; even.
+        base: pair m turns by position * base ** (-2 m / K).
+
+    Returns:
+        (cos, sin), float32 [length, K / 2] each; computed in float64.
+
+    Source: Su et al., "RoFormer" (2021), section 3.2.2.
+    """
+    frequency = base ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def rope_table_2d(
+    height: int, grid_width: int, width: int, *, base: float = 10000.0
+) -> tuple[Tensor, Tensor]:
+    """Angles of rotary embedding by place on a grid: even pairs turn by row, odd ones by column.
+
+    Args:
+        height, grid_width: the token grid, row-major.
+        width: K, of a head; a multiple of 4.
+        base: pairs 2 i and 2 i + 1 turn by row and column times base ** (-4 i / K).
+
+    Returns:
+        (cos, sin), float32 [height * grid_width, K / 2] each; computed in float64.
+
+    Source: Zhuo et al., "Lumina-Next" (2024), section 2.1, without its third axis.
+    """
+    frequency = base ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row = torch.arange(height, dtype=torch.float64)[:, None, None] * frequency
+    column = torch.arange(grid_width, dtype=torch.float64)[None, :, None] * frequency
+    pairs = torch.stack(torch.broadcast_tensors(row, column), dim=-1)
+    angle = pairs.reshape(height * grid_width, width // 2)
+    return angle.cos().float(), angle.sin().float()
+
+
 class TimestepEmbedding(nn.Module):
     """Sinusoids, then Linear - SiLU - Linear."""
 

@@ -8,9 +8,9 @@ Transformers" (2024), section 2.2.
 
 # Shape suffixes: B = batch, N = tokens, H = heads, K = head width, D = channels.
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from clipflow import ops
 
 
 class ReLULinearAttention(nn.Module):
@@ -34,13 +34,8 @@ class ReLULinearAttention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Mix `tokens` [B, N, D]; returns [B, N, D] in the same dtype."""
-        q, k, v = (self._heads(project(tokens)) for project in (self.to_q, self.to_k, self.to_v))
-        q, k = F.relu(q), F.relu(k)
-        state = k.transpose(-1, -2) @ v  # [B, H, K, K]
-        weight = q @ k.sum(dim=-2).unsqueeze(-1)  # [B, H, N, 1]
-        mixed = (q @ state) / (weight + self.eps)
-        return self.to_out[0](mixed.transpose(1, 2).flatten(2).to(tokens.dtype))
-
-    def _heads(self, tokens: Tensor) -> Tensor:
-        wide = torch.promote_types(tokens.dtype, torch.float32)
-        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2).to(wide)
+        q, k, v = (
+            project(tokens).unflatten(-1, (self.heads, -1))
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        return self.to_out[0](ops.linear_attention(q, k, v, eps=self.eps).flatten(2))

@@ -263,7 +263,7 @@ OP = register(
         of_length=lambda L: _case(2, L, 24),
         any_case=_any_case,
         traffic="read x, write y; shift and scale are B * D values each, or B * L * D",
-        flops=lambda x, *_: 8 * x.numel(),
+        flops=lambda x, *_, **__: 8 * x.numel(),
     )
 )
 

@@ -76,20 +76,14 @@ def clip_normalize(
 def _check_mode(
     x: Tensor, mode: str, mean: Tensor | None, std: Tensor | None, pool: int, inverse: bool
 ) -> None:
-    if mode not in MODES:
+    if mode == "standardize":
+        _check_statistic("mean", mean, x)
+        _check_statistic("std", std, x)
+    elif mode not in MODES:
         raise ValueError(f"clip_normalize: mode must be one of {', '.join(MODES)}, got {mode!r}")
-    for name, statistic in (("mean", mean), ("std", std)):
-        if (statistic is not None) != (mode == "standardize"):
-            wanted = "a tensor [C]" if mode == "standardize" else "None"
-            found = "None" if statistic is None else "a tensor"
-            raise ValueError(f"clip_normalize: {name} must be {wanted} in {mode}, got {found}")
-        if statistic is not None:
-            check_shape("clip_normalize", name, statistic, (x.shape[2],))
-            check_floating("clip_normalize", name, statistic)
-            if statistic.device != x.device:
-                raise TypeError(
-                    f"clip_normalize: {name} must be on {x.device} as x is, got {statistic.device}"
-                )
+    elif mean is not None or std is not None:
+        name = "std" if mean is None else "mean"
+        raise ValueError(f"clip_normalize: {name} must be None in {mode}, got a tensor")
     if inverse and (mode != "standardize" or pool != 1):
         raise ValueError(
             "clip_normalize: inverse must go with mode 'standardize' and pool 1, "
@@ -104,6 +98,17 @@ def _check_mode(
                 f"clip_normalize: x must have N = side * side tokens with side a multiple of pool "
                 f"{pool}, got N = {x.shape[1]}"
             )
+
+
+def _check_statistic(name: str, statistic: Tensor | None, x: Tensor) -> None:
+    if statistic is None:
+        raise ValueError(f"clip_normalize: {name} must be a tensor [C] in standardize, got None")
+    check_shape("clip_normalize", name, statistic, (x.shape[2],))
+    check_floating("clip_normalize", name, statistic)
+    if statistic.device != x.device:
+        raise TypeError(
+            f"clip_normalize: {name} must be on {x.device} as x is, got {statistic.device}"
+        )
 
 
 def reference(
@@ -161,9 +166,10 @@ def _native(
     eps: float,
     inverse: bool,
 ) -> Tensor:
-    return _forward_op(
-        x.contiguous(), _wide(mean, x), _wide(std, x), MODES.index(mode), pool, eps, inverse
-    )
+    x = x if x.is_contiguous() else x.contiguous()
+    if mode == "standardize":
+        mean, std = _wide(mean, x), _wide(std, x)
+    return _forward_op(x, mean, std, MODES.index(mode), pool, eps, inverse)
 
 
 def _native_backward(
@@ -201,7 +207,10 @@ def _wide(statistic: Tensor | None, x: Tensor) -> Tensor | None:
     """`statistic` in the type the kernel computes in, as a constant."""
     if statistic is None:
         return None
-    return statistic.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    if statistic.dtype is wide and statistic.is_contiguous() and not statistic.requires_grad:
+        return statistic
+    return statistic.detach().to(wide).contiguous()
 
 
 def _fake(x, mean, std, mode, pool, eps, inverse) -> Tensor:
@@ -283,7 +292,7 @@ OP = register(
         of_length=lambda N: _case(2, N, 24, "standardize"),
         any_case=_any_case,
         traffic="read x, write y",
-        flops=lambda x, *_: 6 * x.numel(),
+        flops=lambda x, *_, **__: 6 * x.numel(),
     )
 )
 

@@ -338,7 +338,7 @@ OP = register(
         of_length=lambda L: _case(2, L, 24),
         any_case=_any_case,
         traffic="read x and y, write h and normed; modulation is B * D values each, or B * L * D",
-        flops=lambda x, *_: 10 * x.numel(),
+        flops=lambda x, *_, **__: 10 * x.numel(),
     )
 )
 

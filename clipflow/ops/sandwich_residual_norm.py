@@ -278,7 +278,7 @@ OP = register(
         of_length=_of_length,
         any_case=_any_case,
         traffic="read x and y, write h and normed; modulation is B * D values each",
-        flops=lambda x, *_: 12 * x.numel(),
+        flops=lambda x, *_, **__: 12 * x.numel(),
     )
 )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clipflow.ops import flow_interpolate
 from clipflow.sampling.schedule import TRAIN_STEPS, shift_sigmas
 
 
@@ -72,11 +73,7 @@ def interpolate(data: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Te
     Returns:
         (noisy latents, target velocity), both of the shape and dtype of `data`; mixed in float32.
     """
-    wide = torch.promote_types(data.dtype, torch.float32)
-    level = sigmas.to(data.device, wide).reshape(-1, *[1] * (data.ndim - 1))
-    clean, noise_wide = data.to(wide), noise.to(wide)
-    noisy = (1.0 - level) * clean + level * noise_wide
-    return noisy.to(data.dtype), (noise_wide - clean).to(data.dtype)
+    return flow_interpolate(data, noise, sigmas.to(data.device))
 
 
 def flow_matching_loss(velocity: Tensor, target: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clipflow.sampling.guidance import VelocityModel, guided_velocity
+from clipflow.sampling.guidance import VelocityModel, model_rows
 from clipflow.sampling.schedule import FlowSchedule
 from clipflow.sampling.solvers import make_solver
 
@@ -22,7 +22,7 @@ def sample(
     schedule: FlowSchedule,
     *,
     solver: str = "dpmpp_2m",
-    guidance_scale: float = 1.0,
+    guidance_scale: float | Tensor = 1.0,
     model_dtype: torch.dtype | None = None,
     callback: StepCallback | None = None,
 ) -> Tensor:
@@ -33,7 +33,8 @@ def sample(
         noise: [B, C, h, w], standard normal.
         schedule: noise levels and timesteps of the run.
         solver: "dpmpp_2m", "euler" or "heun" (two model calls a step).
-        guidance_scale: 1 runs no null rows.
+        guidance_scale: a number, or [B] float32, one for each sample; the number 1 runs no null
+            rows.
         model_dtype: dtype of the model's latents; that of `noise` when not given.
         callback: called after each step; may return replaced latents.
 
@@ -47,15 +48,16 @@ def sample(
     timesteps: list[int] = schedule.timesteps.tolist()
     dtype = noise.dtype if model_dtype is None else model_dtype
 
-    def velocity(latents: Tensor, index: int) -> Tensor:
-        return guided_velocity(
-            model, latents, timesteps[index], guidance_scale=guidance_scale, model_dtype=dtype
-        )
+    def velocity(rows: Tensor, index: int) -> Tensor:
+        return model(rows, torch.full((len(rows),), timesteps[index], device=rows.device))
 
     latents = noise.to(torch.promote_types(noise.dtype, torch.float32))
+    rows = model_rows(latents, guidance_scale, dtype)
     for index, timestep in enumerate(timesteps):
-        latents = run.step(index, latents, velocity)
+        latents, rows = run.advance(index, latents, rows, velocity, guidance_scale)
         if callback is not None:
             replaced = callback(index, timestep, latents)
-            latents = latents if replaced is None else replaced.to(latents.dtype)
+            if replaced is not None:
+                latents = replaced.to(latents.dtype)
+                rows = model_rows(latents, guidance_scale, dtype)
     return latents

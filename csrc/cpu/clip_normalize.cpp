@@ -16,6 +16,9 @@ namespace {
 
 const ClipNormalizeRows& rows() { return CLIPFLOW_CHOOSE(clip_normalize_rows); }
 
+// Outputs of more bytes than this are streamed: they would push everything else out of the caches.
+constexpr int64_t kStreamedBytes = int64_t{16} << 20;
+
 using Rows = void (*)(const ClipNormalize&, int64_t, int64_t, void*);
 
 // The data of a per-channel statistic [C], given in the type that the op computes in.
@@ -57,13 +60,14 @@ ClipNormalize call_of(const Tensor& x, const std::optional<Tensor>& mean,
       .mode = static_cast<ClipMode>(mode),
       .eps = eps,
       .inverse = inverse,
+      .streamed = false,
   };
 }
 
 void run(Rows kernel, const ClipNormalize& call, int64_t pooled_tokens) {
   for_items(pooled_tokens, call.channels * call.pool * call.pool, [&](int64_t begin, int64_t end) {
     // Doubles hold the row of every dtype.
-    const std::unique_ptr<double[]> scratch(new double[(call.channels + 15) / 16 * 16]);
+    const std::unique_ptr<double[]> scratch(new double[2 * ((call.channels + 15) / 16 * 16)]);
     kernel(call, begin, end, scratch.get());
   });
 }
@@ -77,6 +81,7 @@ Tensor clip_normalize_cpu(const Tensor& x, const std::optional<Tensor>& mean,
   Tensor y = torch::stable::new_empty(x, {samples, tokens, call.channels});
   if (y.numel() == 0) return y;
   call.out = y.mutable_data_ptr();
+  call.streamed = y.numel() * static_cast<int64_t>(y.element_size()) >= kStreamedBytes;
   run(rows().forward[dtype_index("clip_normalize", x)], call, samples * tokens);
   return y;
 }

@@ -11,6 +11,7 @@
 #include "cpu/clip_normalize_rows.h"
 
 #include "common/lanes.h"
+#include "common/stream_first.h"
 
 namespace clipflow {
 namespace {
@@ -44,8 +45,8 @@ struct Affine {
   bool clamped;        // l2 shorter than eps: the length is a constant
 };
 
-template <typename Lanes, typename One>
-CLIPFLOW_INLINE Affine<One> statistics(const ClipNormalize& a, const One* p) {
+template <typename Lanes, typename One, typename From>
+CLIPFLOW_INLINE Affine<One> statistics(const ClipNormalize& a, const From* p) {
   const One eps = static_cast<One>(a.eps);
   if (a.mode == ClipMode::kL2) {
     const One length = square_root(sum_over<Lanes>(a.channels, [&](int64_t d, int64_t count) {
@@ -73,28 +74,72 @@ CLIPFLOW_INLINE Lanes spread(const ClipNormalize& a, int64_t d, int64_t count) {
   return std < least ? least : std;
 }
 
+// Below this, dividing by `spread` is not multiplying by its reciprocal, which may be infinite.
+constexpr double kLeastSpread = 1e-30;
+
+// max(std, eps), or its reciprocal where that is what is multiplied with.
+template <typename Lanes, typename One>
+CLIPFLOW_INLINE void fill_factors(const ClipNormalize& a, One* factors) {
+  const bool reciprocal = !a.inverse && a.eps >= kLeastSpread;
+  for_lanes<Lanes>(a.channels, [&](int64_t d, int64_t count) {
+    const Lanes value = spread<Lanes, One>(a, d, count);
+    store(factors + d, reciprocal ? 1 / value : value);
+  });
+}
+
+// Calls body(p, mean, factor) for the token `p`, register by register, and stores what it returns.
+template <typename T, typename From, typename One, typename F>
+CLIPFLOW_INLINE void map_token(const ClipNormalize& a, const From* p, const One* factors, T* y,
+                               F body) {
+  using Lanes = typename Wide<T>::Lanes;
+  const One* mean = static_cast<const One*>(a.mean);
+  const bool streamed = a.streamed && can_stream(y);
+  for_lanes<Lanes>(a.channels, [&](int64_t d, int64_t count) {
+    const Lanes value =
+        body(load_first(p + d, count), load_first(mean + d, count), load(factors + d));
+    stream_first(y + d, value, count, streamed);
+  });
+}
+
+template <typename T, typename From, typename One>
+CLIPFLOW_INLINE void standardize(const ClipNormalize& a, const From* p, const One* factors, T* y) {
+  using Lanes = typename Wide<T>::Lanes;
+  if (a.inverse)
+    map_token(a, p, factors, y, [](Lanes x, Lanes mean, Lanes std) { return x * std + mean; });
+  else if (a.eps >= kLeastSpread)
+    map_token(a, p, factors, y, [](Lanes x, Lanes mean, Lanes rstd) { return (x - mean) * rstd; });
+  else
+    map_token(a, p, factors, y, [](Lanes x, Lanes mean, Lanes std) { return (x - mean) / std; });
+}
+
+template <typename T, typename From, typename One>
+CLIPFLOW_INLINE void normalize(const ClipNormalize& a, const From* p, const One* factors, T* y) {
+  using Lanes = typename Wide<T>::Lanes;
+  if (a.mode == ClipMode::kStandardize) return standardize(a, p, factors, y);
+  const Affine<One> map = statistics<Lanes, One>(a, p);
+  const bool streamed = a.streamed && can_stream(y);
+  for_lanes<Lanes>(a.channels, [&](int64_t d, int64_t count) {
+    stream_first(y + d, (load_first(p + d, count) - map.center) * map.factor, count, streamed);
+  });
+}
+
 template <typename T>
 void forward(const ClipNormalize& a, int64_t begin, int64_t end, void* scratch) {
   using One = typename Wide<T>::One;
   using Lanes = typename Wide<T>::Lanes;
   One* p = static_cast<One*>(scratch);
+  One* factors = p + (a.channels + 15) / 16 * 16;
+  if (a.mode == ClipMode::kStandardize) fill_factors<Lanes>(a, factors);
   for (int64_t token = begin; token < end; ++token) {
     T* y = static_cast<T*>(a.out) + token * a.channels;
-    pool_token<T>(a, token, p);
-    if (a.mode == ClipMode::kStandardize) {
-      for_lanes<Lanes>(a.channels, [&](int64_t d, int64_t count) {
-        const Lanes mean = load_first(static_cast<const One*>(a.mean) + d, count);
-        const Lanes std = spread<Lanes, One>(a, d, count);
-        const Lanes value = load(p + d);
-        store_first(y + d, a.inverse ? value * std + mean : (value - mean) / std, count);
-      });
+    if (a.pool == 1) {
+      normalize(a, static_cast<const T*>(a.x) + token * a.channels, factors, y);
     } else {
-      const Affine<One> map = statistics<Lanes>(a, p);
-      for_lanes<Lanes>(a.channels, [&](int64_t d, int64_t count) {
-        store_first(y + d, (load(p + d) - map.center) * map.factor, count);
-      });
+      pool_token<T>(a, token, p);
+      normalize(a, p, factors, y);
     }
   }
+  if (a.streamed) stream_end();
 }
 
 // The gradient of the pooled token, into `p`, which holds the pooled token itself.
@@ -108,7 +153,7 @@ CLIPFLOW_INLINE void token_gradient(const ClipNormalize& a, const T* grad, One* 
       store(p + d, a.inverse ? g * std : g / std);
     });
   }
-  const Affine<One> map = statistics<Lanes>(a, p);
+  const Affine<One> map = statistics<Lanes, One>(a, p);
   const bool layer = a.mode == ClipMode::kLayer;
   const One sum_g = sum_over<Lanes>(a.channels, [&](int64_t d, int64_t count) {
     return load_first(grad + d, count);

@@ -22,6 +22,7 @@ struct ClipNormalize {
   ClipMode mode;
   double eps;
   bool inverse;
+  bool streamed;  // the output goes past the caches; forward only
 };
 
 // Index = dtype_index of common/tensor.h: float32, bfloat16, float16, float64.

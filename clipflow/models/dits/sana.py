@@ -59,7 +59,10 @@ class CaptionProjection(nn.Module):
 
 
 class SanaBlock(nn.Module):
-    """h += g1 LinAttn(adaLN(h)); h += CrossAttn(h); h += g2 FFN(adaLN(h))."""
+    """h += g1 LinAttn(adaLN(h)); h += CrossAttn(h); h += g2 FFN(adaLN(h)).
+
+    The last sum is left to the caller, who fuses it with the norm that follows.
+    """
 
     def __init__(self, config: SanaConfig) -> None:
         super().__init__()
@@ -75,20 +78,36 @@ class SanaBlock(nn.Module):
     def forward(
         self,
         hidden: Tensor,
+        normed: Tensor,
         modulation: Tensor,
         condition: Tensor,
         mask: Tensor | None,
         grid: tuple[int, int],
-    ) -> Tensor:
-        """Transform `hidden` [B, N, D] under `modulation` [B, 6, D] and `condition` [B, L, D]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).unbind(
-            1
+    ) -> tuple[Tensor, Tensor]:
+        """Everything up to the gate of the feed-forward branch.
+
+        Args:
+            hidden: the residual stream, [B, N, D].
+            normed: its first modulated norm, [B, N, D].
+            modulation: of this time, [B, 6, D], without the block's table.
+            condition: [B, L, D]; `mask` [B, L] bool, None when all tokens are real.
+            grid: (h, w) with h * w = N.
+
+        Returns:
+            (the residual stream, the feed-forward branch), both [B, N, D].
+        """
+        gate = self.scale_shift_table[2] + modulation[:, 2]
+        hidden = torch.addcmul(hidden, gate[:, None], self.attn1(normed))
+        hidden, normed = ops.gated_residual_norm(
+            hidden,
+            self.attn2(hidden, condition, mask),
+            None,
+            modulation[:, 3],
+            modulation[:, 4],
+            table=self.scale_shift_table[3:5],
+            eps=self.eps,
         )
-        normed = ops.adaln_norm(hidden, shift1, scale1, eps=self.eps)
-        hidden = hidden + gate1[:, None] * self.attn1(normed)
-        hidden = hidden + self.attn2(hidden, condition, mask)
-        normed = ops.adaln_norm(hidden, shift2, scale2, eps=self.eps)
-        return hidden + gate2[:, None] * self.ff(normed, grid)
+        return hidden, self.ff(normed, grid)
 
 
 class SanaTransformer(nn.Module):
@@ -131,11 +150,19 @@ class SanaTransformer(nn.Module):
         hidden = self.embed_latents(latents)
         condition = self.embed_condition(condition)
         modulation, embedding = self.time_embed(timestep)
-        for block in self.transformer_blocks:
-            hidden = block(hidden, modulation, condition, mask, grid)
-        shift, scale = (self.scale_shift_table + embedding[:, None]).unbind(1)
-        hidden = ops.adaln_norm(hidden, shift, scale, eps=self.config.norm_eps)
-        return self.proj_out(hidden).transpose(1, 2).unflatten(2, grid)
+        shift, scale, gate = modulation[:, 0], modulation[:, 1], modulation[:, 5]
+        # What modulates the norm after each block: the next block's, at last the output's.
+        after = [(shift, scale, block.scale_shift_table[:2]) for block in self.transformer_blocks]
+        after.append((embedding, embedding, self.scale_shift_table))
+        eps = self.config.norm_eps
+        normed = ops.adaln_norm(hidden, *after[0][:2], table=after[0][2], eps=eps)
+        for block, (shift, scale, table) in zip(self.transformer_blocks, after[1:], strict=True):
+            hidden, branch = block(hidden, normed, modulation, condition, mask, grid)
+            hidden, normed = ops.gated_residual_norm(
+                hidden, branch, gate, shift, scale,
+                gate_table=block.scale_shift_table[5], table=table, eps=eps,
+            )  # fmt: skip
+        return self.proj_out(normed).transpose(1, 2).unflatten(2, grid)
 
     def embed_latents(self, latents: Tensor) -> Tensor:
         """Tokens [B, h*w, D] of `latents` [B, in_channels, h, w], position table included."""

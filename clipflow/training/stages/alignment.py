@@ -22,7 +22,8 @@ class Alignment:
     """Reads a block of `dit` as it runs, and compares with `features` of the same grid.
 
     Args:
-        dit: one image token for each feature; its `depth`-th block (1-based) is read.
+        dit: one image token for each feature; what its `depth`-th block (1-based, not the last)
+            hands on is read.
         examples: features [M, N, H] whose mean and deviation standardize all others.
     """
 
@@ -34,7 +35,7 @@ class Alignment:
         examples = examples.float().flatten(0, 1)
         self.mean, self.std = examples.mean(0), examples.std(0).clamp(min=1e-6)
         self.hidden: Tensor | None = None
-        dit.transformer_blocks[depth - 1].register_forward_hook(self._keep)
+        dit.transformer_blocks[depth].register_forward_pre_hook(self._keep)
 
     def loss(self, features: Tensor) -> Tensor:
         """Of the DiT's last forward pass; `features` [B, N, H] of its clean pictures."""
@@ -46,5 +47,5 @@ class Alignment:
         said = F.linear(hidden, self.projection.to(device))
         return 1 - F.cosine_similarity(said, wanted, dim=-1).mean()
 
-    def _keep(self, block: nn.Module, args: tuple, hidden: Tensor) -> None:
-        self.hidden = hidden
+    def _keep(self, following: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.hidden = args[0]

@@ -1,0 +1,61 @@
+// Depthwise 3x3 convolution with a gated activation on the CPU; the op is defined in
+// clipflow/ops/glu_conv.py, the arithmetic in glu_conv_rows.cpp. This file checks, allocates and
+// shares the work among threads.
+
+#include "cpu/glu_conv_rows.h"
+
+#include "common/parallel.h"
+#include "common/tensor.h"
+
+namespace clipflow {
+namespace {
+
+int64_t tiles(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+void check_channels(const char* name, const Tensor& x, const Tensor& tensor, int64_t values) {
+  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == x.size(2) * values,
+                  "glu_conv: ", name, " must be contiguous with ", values, " values a channel of x");
+  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type() && tensor.is_cpu() == x.is_cpu(),
+                  "glu_conv: ", name, " must have the dtype and device of x");
+}
+
+Tensor glu_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t height,
+                    int64_t width, bool pre_silu) {
+  STD_TORCH_CHECK(x.dim() == 3 && height >= 0 && width >= 0 && x.size(1) == height * width &&
+                      x.size(2) % 2 == 0,
+                  "glu_conv: x must be [B, height * width, 2M]");
+  STD_TORCH_CHECK(x.numel() == 0 || x.stride(2) == 1, "glu_conv: x must have contiguous channels");
+  check_channels("weight", x, weight, 9);
+  check_channels("bias", x, bias, 1);
+  const auto forward = CLIPFLOW_CHOOSE(glu_conv_rows).forward[dtype_index("glu_conv", x)];
+  const int64_t channels = x.size(2) / 2;
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), channels});
+  if (y.numel() == 0) return y;
+
+  const GluConv call = {
+      .x = x.const_data_ptr(),
+      .weight = weight.const_data_ptr(),
+      .bias = bias.const_data_ptr(),
+      .y = y.mutable_data_ptr(),
+      .samples = x.size(0),
+      .height = height,
+      .width = width,
+      .channels = channels,
+      .sample_stride = x.stride(0),
+      .token_stride = x.stride(1),
+      .row_tiles = tiles(height, kTileRows),
+      .column_tiles = tiles(width, kTileColumns),
+      .pre_silu = pre_silu,
+  };
+  const int64_t count =
+      tiles(channels, kTileChannels) * call.samples * call.row_tiles * call.column_tiles;
+  for_items(count, 2 * (y.numel() / count),
+            [&](int64_t begin, int64_t end) { forward(call, begin, end); });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(clipflow, CPU, m) { m.impl("glu_conv", TORCH_BOX(&glu_conv_cpu)); }
+
+}  // namespace clipflow

@@ -1,0 +1,88 @@
+// Sandwich norm on the CPU; the op is defined in clipflow/ops/sandwich_residual_norm.py, the
+// arithmetic in sandwich_residual_norm_rows.cpp. This file checks, allocates and shares the work.
+
+#include "cpu/sandwich_residual_norm_rows.h"
+
+#include <optional>
+#include <tuple>
+
+#include "common/norm_tensors.h"
+
+namespace clipflow {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+const SandwichResidualNormRows& rows() { return CLIPFLOW_CHOOSE(sandwich_residual_norm_rows); }
+
+std::tuple<Tensor, Tensor> sandwich_residual_norm_cpu(const Tensor& x, const Tensor& y,
+                                                      const Tensor& gate, const Tensor& scale,
+                                                      const Optional& weight,
+                                                      const Optional& next_weight, double eps) {
+  constexpr const char* kOp = "sandwich_residual_norm";
+  check_tokens(kOp, "x", x, x);
+  check_tokens(kOp, "y", x, y);
+  const int64_t samples = scale.size(0);
+  const auto forward = rows().forward[dtype_index(kOp, x)];
+  SandwichResidualForward call = {};
+  call.modulation = modulation_of(kOp, x, std::nullopt, scale, next_weight, std::nullopt);
+  call.gate = rows_of(kOp, "gate", x, gate, samples, &call.gate_stride);
+  call.weight = vector_of(kOp, "weight", x, weight);
+  Tensor h = torch::stable::new_empty(x, x.sizes());
+  Tensor normed = torch::stable::new_empty(x, x.sizes());
+  if (x.numel() == 0) return {h, normed};
+  call.x = x.const_data_ptr();
+  call.y = y.const_data_ptr();
+  call.h = h.mutable_data_ptr();
+  call.normed = normed.mutable_data_ptr();
+  call.shape = shape_of(kOp, x, samples, true, eps, {&h, &normed});
+  for_items_with_scratch(
+      samples * call.shape.tokens, call.shape.channels, call.shape,
+      [&](int64_t begin, int64_t end, void* scratch) { forward(call, begin, end, scratch); });
+  return {h, normed};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_residual_norm_backward_cpu(
+    const Tensor& d_h, const Tensor& d_normed, const Tensor& h, const Tensor& y,
+    const Tensor& gate, const Tensor& gain, double eps) {
+  constexpr const char* kOp = "sandwich_residual_norm_backward";
+  check_tokens(kOp, "h", h, h);
+  check_tokens(kOp, "d_h", h, d_h);
+  check_tokens(kOp, "d_normed", h, d_normed);
+  check_tokens(kOp, "y", h, y);
+  check_gain(kOp, "gain", h, gain);
+  check_gain(kOp, "gate", h, gate);
+  STD_TORCH_CHECK(gate.size(0) == gain.size(0), kOp, ": gate must have the shape of gain");
+  const int64_t dtype = dtype_index(kOp, h);
+  Tensor d_x = torch::stable::new_empty(h, h.sizes());
+  Tensor d_y = torch::stable::new_empty(h, h.sizes());
+  Tensor d_gate = torch::stable::new_empty(gain, gain.sizes());
+  Tensor d_gain = torch::stable::new_empty(gain, gain.sizes());
+  if (h.numel() == 0) {
+    for (Tensor* sum : {&d_gate, &d_gain}) torch::stable::zero_(*sum);
+    return {d_x, d_y, d_gate, d_gain};
+  }
+  NormBackward call = {};
+  call.d_h = d_h.const_data_ptr();
+  call.d_normed = d_normed.const_data_ptr();
+  call.h = h.const_data_ptr();
+  call.y = y.const_data_ptr();
+  call.gate = gate.const_data_ptr();
+  call.gain = gain.const_data_ptr();
+  call.d_x = d_x.mutable_data_ptr();
+  call.d_y = d_y.mutable_data_ptr();
+  call.sums[1] = d_gain.mutable_data_ptr();
+  call.sums[2] = d_gate.mutable_data_ptr();
+  call.shape = shape_of(kOp, h, gain.size(0), true, eps, {});
+  run_backward(call, gain.size(0), dtype == 3, rows().backward[dtype], rows().reduce[dtype]);
+  return {d_x, d_y, d_gate, d_gain};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(clipflow, CPU, m) {
+  m.impl("sandwich_residual_norm", TORCH_BOX(&sandwich_residual_norm_cpu));
+  m.impl("sandwich_residual_norm_backward", TORCH_BOX(&sandwich_residual_norm_backward_cpu));
+}
+
+}  // namespace clipflow
