@@ -25,7 +25,7 @@ from clipflow.modulation import (
     modulated_norm,
     rows,
 )
-from clipflow.registry import Case, Implementation, Op, eager, native, register
+from clipflow.registry import Case, Implementation, Op, eager, native, register, triton
 
 MOST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 LEAST_SCALE = torch.finfo(torch.float32).tiny
@@ -56,7 +56,7 @@ def adaln_norm_quant(
         norm: "layer" (zero mean, unit variance) or "rms" (unit mean square).
         eps: added to the variance or mean square, in squared units of `x`.
         dtype: torch.int8 or torch.float8_e4m3fn.
-        backend: "auto", or one of "eager", "native".
+        backend: "auto", or one of "eager", "native", "triton".
 
     Returns:
         (values, scales): `values` in the shape of `x` and in `dtype`, contiguous; `scales`, a
@@ -246,8 +246,12 @@ OP = register(
         fakes={"adaln_norm_quant": _fake},
         public=adaln_norm_quant,
         reference=reference,
-        backends={"eager": eager(reference), "native": _native_implementation()},
-        order=("native", "eager"),
+        backends={
+            "eager": eager(reference),
+            "native": _native_implementation(),
+            "triton": triton(_triton),
+        },
+        order=("native", "triton", "eager"),
         # One token; odd sizes that leave a masked tail; the embedded model's block; then each form.
         cases=(
             _case(1, 1, 8),

@@ -30,7 +30,7 @@ from clipflow.modulation import (
     rows,
     wide,
 )
-from clipflow.registry import Case, Op, eager, native, register
+from clipflow.registry import Case, Op, eager, native, register, triton
 
 
 def sandwich_residual_norm(
@@ -258,8 +258,9 @@ OP = register(
         backends={
             "eager": eager(reference),
             "native": native("sandwich_residual_norm", _native, _native_backward),
+            "triton": triton(_triton, _triton_backward),
         },
-        order=("native", "eager"),
+        order=("native", "triton", "eager"),
         # One token; odd sizes that leave a masked tail; the embedded model's block; then each form.
         cases=(
             _case(1, 1, 8),

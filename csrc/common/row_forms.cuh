@@ -36,6 +36,12 @@ struct HeldRow {
     __device__ __forceinline__ float& operator[](Place at) { return values[at.v * N + at.i]; }
   };
 
+  // Sums in registers.
+  struct Running {
+    float values[N * V] = {};
+    __device__ __forceinline__ void add(Place at, float value) { values[at.v * N + at.i] += value; }
+  };
+
   __device__ __forceinline__ explicit HeldRow(int64_t count) : channels(static_cast<int>(count)) {}
 
   template <typename F>
@@ -64,6 +70,15 @@ struct HeldRow {
     return loaded;
   }
 
+  // Zeros for a null pointer.
+  template <typename T>
+  __device__ __forceinline__ Loaded<T> load_optional(const T* row) const {
+    if (row != nullptr) return load(row);
+    Loaded<T> zeros;
+    each([&](Place at) { zeros.packs[at.v].at[at.i] = from_float<T>(0.f); });
+    return zeros;
+  }
+
   // The values of f, in registers.
   template <typename F>
   __device__ __forceinline__ Kept keep(F f) const {
@@ -83,6 +98,12 @@ struct HeldRow {
     }
     each([&](Place at) { kept[at] *= factor; });
     return kept;
+  }
+
+  // Sums that begin at zero and are written to `row` by `finish`.
+  __device__ __forceinline__ Running running(float*) const { return {}; }
+  __device__ __forceinline__ void finish(const Running& sums, float* row) const {
+    store(row, [&](Place at) { return sums.values[at.v * N + at.i]; });
   }
 
   template <typename T, typename F>
@@ -107,6 +128,20 @@ struct StreamedRow {
     }
   };
 
+  template <typename T>
+  struct LoadedOptional {
+    const T* row;
+    __device__ __forceinline__ float operator()(Place at) const {
+      return row == nullptr ? 0.f : to_float(row[at.channel]);
+    }
+  };
+
+  // Sums that grow in memory, each of them by one thread alone.
+  struct Running {
+    float* sums;
+    __device__ __forceinline__ void add(Place at, float value) { sums[at.channel] += value; }
+  };
+
   __device__ __forceinline__ explicit StreamedRow(int64_t count) : channels(count) {}
 
   template <typename F>
@@ -116,6 +151,11 @@ struct StreamedRow {
 
   template <typename T>
   __device__ __forceinline__ Loaded<T> load(const T* row) const {
+    return {row};
+  }
+
+  template <typename T>
+  __device__ __forceinline__ LoadedOptional<T> load_optional(const T* row) const {
     return {row};
   }
 
@@ -134,6 +174,12 @@ struct StreamedRow {
     };
   }
 
+  __device__ __forceinline__ Running running(float* row) const {
+    each([&](Place at) { row[at.channel] = 0.f; });
+    return {row};
+  }
+  __device__ __forceinline__ void finish(const Running&, float*) const {}
+
   template <typename T, typename F>
   __device__ __forceinline__ void store(T* row, F f) const {
     each([&](Place at) { row[at.channel] = from_float<T>(f(at)); });
@@ -141,37 +187,42 @@ struct StreamedRow {
 };
 
 // The two buffers that a team's sums take turns in; `team_sum` says why.
-struct TeamBuffers {
-  float2 at[2][kMaxThreads / kWarp];
+struct TeamSums {
+  float2 (*buffers)[kMaxThreads / kWarp];
+  int turn = 0;
+
+  __device__ __forceinline__ float2* next() { return buffers[turn ^= 1]; }
 };
 
-// Sums of f over the team's row, in every thread; f(Place) is a float2.
+// Sums of f over the team's row, in every thread; f(Place) is a float2, or a float.
 template <typename Row, typename F>
-__device__ __forceinline__ float2 row_sums(const Row& row, float2* buffer, F f) {
+__device__ __forceinline__ float2 row_sums(const Row& row, TeamSums& sums, F f) {
   float2 total = {0.f, 0.f};
   row.each([&](Place at) {
     const float2 value = f(at);
     total.x += value.x;
     total.y += value.y;
   });
-  return team_sum(total, buffer);
+  return team_sum(total, sums.next());
 }
 
 template <typename Row, typename F>
-__device__ __forceinline__ float row_sum(const Row& row, float2* buffer, F f) {
-  return row_sums(row, buffer, [&](Place at) { return float2{f(at), 0.f}; }).x;
+__device__ __forceinline__ float row_sum(const Row& row, TeamSums& sums, F f) {
+  return row_sums(row, sums, [&](Place at) { return float2{f(at), 0.f}; }).x;
 }
 
-// Calls the kernel of `call` that fits rows of `channels` elements of T: rows<N, V>() for V packs
-// of N held by a thread, or long_rows(). Call::kScalars is how many it holds one by one.
+// Calls the kernel of `call` that fits rows of `channels` elements of T: rows<N, V>() for V packs of
+// N held by a thread, or long_rows(). A thread holds Call::kHeld channels at most in packs, and
+// Call::kScalars where it loads them one by one.
 template <typename T, typename Call>
 void launch_rows(const Call& call, int64_t channels, bool aligned) {
   constexpr int kPack = 16 / sizeof(T);
-  constexpr int kMost = kVectorChannels / kPack;
-  if (aligned && channels % kPack == 0 && channels <= kMaxThreads * kVectorChannels) {
+  constexpr int kMost = Call::kHeld / kPack;
+  if (aligned && channels % kPack == 0 && channels <= kMaxThreads * Call::kHeld) {
     const int per_thread = packs_per_thread(channels / kPack, kPack);
     if (per_thread == 1) return call.template rows<kPack, 1>();
-    if (per_thread == 2) return call.template rows<kPack, 2>();
+    if constexpr (kMost >= 2)
+      if (per_thread == 2) return call.template rows<kPack, 2>();
     if constexpr (kMost > 2) return call.template rows<kPack, kMost>();
   }
   if (channels <= kMaxThreads * Call::kScalars) return call.template rows<1, Call::kScalars>();

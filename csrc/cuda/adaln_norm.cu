@@ -1,427 +1,203 @@
 // Adaptive layer norm on CUDA, forward and backward; the op is defined in
 // clipflow/ops/adaln_norm.py.
 //
-//   y[b, l, :] = normed * (1 + scale[b, :]) + shift[b, :],   normed = layer_norm(x[b, l, :])
+//   y = norm(x) * weight * (1 + scale + table[1]) + shift + table[0]
 //
 // Source: Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), section 3.2, adaLN.
 // Bytes moved: forward reads x and writes y; backward reads grad and x and writes d_x. Statistics
-// and sums are float32. The modulation's gradients are summed in two stages, over chunks of rows
-// and then over chunks, in a fixed order and without atomics.
+// and sums are float32, taken in a fixed order and without atomics.
 
-#include <algorithm>
 #include <tuple>
 
 #include "common/cuda_launch.h"
-#include "common/dispatch.cuh"
-#include "common/rows.cuh"
-#include "common/tensor.h"
+#include "common/norm.cuh"
 
 namespace clipflow {
 namespace {
 
-// Channels a thread holds where it loads them one by one. The backward keeps five rows at a time
-// and an address for each load: with 16, ptxas spills.
-constexpr int kForwardScalars = 16;
-constexpr int kBackwardScalars = 8;
-
-// Shape suffixes: B = batch, L = tokens of a sample, D = channels.
-struct Shape {
-  int64_t samples;      // B
-  int64_t tokens;       // L
-  int64_t channels;     // D
-  int64_t shift_stride;  // elements from one sample's shift to the next
-  int64_t scale_stride;
-  int64_t chunk_rows;  // rows that one team of the backward sums
-  int64_t chunks;      // ... and how many such teams a sample has
-  float eps;
-};
-
-template <typename T, int N, int V>
-__global__ void __launch_bounds__(kMaxThreads)
-    adaln_norm_fwd_kernel(const T* __restrict__ x, const T* __restrict__ shift,
-                          const T* __restrict__ scale, T* __restrict__ y, Shape shape) {
-  __shared__ float2 sums[2][kMaxThreads / kWarp];
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= shape.samples * shape.tokens) return;  // only ever a team of one warp: no barrier
-  const int64_t sample = row / shape.tokens;
-  const int channels = static_cast<int>(shape.channels);
-
-  // The modulation is asked for before the sums, so that it arrives while they are taken.
-  RowPacks<T, N, V> x_packs, scale_packs, shift_packs;
-  x_packs.read(x + row * channels, channels);
-  scale_packs.read(scale + sample * shape.scale_stride, channels);
-  shift_packs.read(shift + sample * shape.shift_stride, channels);
-
-  float total = 0.f;
-#pragma unroll
-  for (int v = 0; v < V; ++v)
-#pragma unroll
-    for (int i = 0; i < N; ++i) total += x_packs(v, i);
-  const float mean = team_sum({total, 0.f}, sums[0]).x / channels;
-
-  float squares = 0.f;
-#pragma unroll
-  for (int v = 0; v < V; ++v)
-    if (pack_channel<N>(v) < channels)
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const float centered = x_packs(v, i) - mean;
-        squares += centered * centered;
-      }
-  const float variance = team_sum({squares, 0.f}, sums[1]).x / channels;
-  const float rstd = rsqrtf(variance + shape.eps);
-
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const int channel = pack_channel<N>(v);
-    if (channel >= channels) continue;
-    float values[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      values[i] = (x_packs(v, i) - mean) * rstd * (1.f + scale_packs(v, i)) + shift_packs(v, i);
-    store<T, N>(y + row * channels + channel, values);
-  }
-}
-
-// A thread's running sums: in registers, or, for 16 of them, each in a place of its own in shared
-// memory, as registers would spill.
-template <int Count, bool InRegisters = Count <= 8>
-struct Sums {
-  float values[Count] = {};
-  __device__ inline float& at(int i) { return values[i]; }
-};
-template <int Count>
-struct Sums<Count, false> {
-  float* values;
-  __device__ inline Sums() {
-    __shared__ float places[Count * kMaxThreads];
-    values = places + threadIdx.y * blockDim.x + threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < Count; ++i) at(i) = 0.f;
-  }
-  __device__ inline float& at(int i) { return values[i * kMaxThreads]; }
-};
-
-// A team walks the rows of one chunk of one sample: d_x row by row, and the chunk's part of d_shift
-// and d_scale, which stay in registers until the end. The 1 of the launch bounds: without it ptxas
-// aims at two blocks a multiprocessor and spills.
-template <typename T, int N, int V>
-__global__ void __launch_bounds__(kMaxThreads, 1)
-    adaln_norm_bwd_kernel(const T* __restrict__ grad, const T* __restrict__ x,
-                          const T* __restrict__ scale, T* __restrict__ d_x,
-                          float* __restrict__ partial, Shape shape) {
-  __shared__ float2 sums[2][kMaxThreads / kWarp];
-  const int64_t teams = shape.samples * shape.chunks;
-  const int64_t team = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (team >= teams) return;
-  const int64_t sample = team / shape.chunks;
-  const int64_t first = (team - sample * shape.chunks) * shape.chunk_rows;
-  const int rows = static_cast<int>(min(shape.chunk_rows, shape.tokens - first));
-  const int channels = static_cast<int>(shape.channels);
-  int64_t row = (sample * shape.tokens + first) * channels;
-
-  RowPacks<T, N, V> scale_packs;
-  scale_packs.read(scale + sample * shape.scale_stride, channels);
-  Sums<V * N> d_shift;
-  float d_scale[V * N] = {};
-
-#pragma unroll 1
-  for (int r = 0; r < rows; ++r, row += channels) {
-    RowPacks<T, N, V> x_packs, grad_packs;
-    x_packs.read(x + row, channels);
-    grad_packs.read(grad + row, channels);
-
-    float2 total = {0.f, 0.f};  // of x, and of the gradient of `normed`
-#pragma unroll
-    for (int v = 0; v < V; ++v)
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        total.x += x_packs(v, i);
-        total.y += grad_packs(v, i) * (1.f + scale_packs(v, i));
-      }
-    total = team_sum(total, sums[0]);
-    const float mean = total.x / channels, mean_grad = total.y / channels;
-
-    float2 products = {0.f, 0.f};  // of x - mean with itself, and with the gradient of `normed`
-#pragma unroll
-    for (int v = 0; v < V; ++v)
-      if (pack_channel<N>(v) < channels)
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          const float centered = x_packs(v, i) - mean;
-          products.x += centered * centered;
-          products.y += centered * grad_packs(v, i) * (1.f + scale_packs(v, i));
-        }
-    products = team_sum(products, sums[1]);
-    const float rstd = rsqrtf(products.x / channels + shape.eps);
-    const float mean_product = products.y / channels * rstd;
-
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      const int channel = pack_channel<N>(v);
-      if (channel >= channels) continue;
-      float values[N];
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const float normed = (x_packs(v, i) - mean) * rstd, g = grad_packs(v, i);
-        values[i] = (g * (1.f + scale_packs(v, i)) - mean_grad - normed * mean_product) * rstd;
-        d_shift.at(v * N + i) += g;
-        d_scale[v * N + i] += g * normed;
-      }
-      store<T, N>(d_x + row + channel, values);
-    }
-  }
-
-#pragma unroll
-  for (int v = 0; v < V; ++v) {
-    const int channel = pack_channel<N>(v);
-    if (channel >= channels) continue;
-    float* to = partial + team * channels + channel;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      to[i] = d_shift.at(v * N + i);
-      to[teams * channels + i] = d_scale[v * N + i];
-    }
-  }
-}
-
-// Rows that do not fit a team's registers: one block a row, which it reads three times.
-template <typename T>
-__global__ void __launch_bounds__(kMaxThreads)
-    adaln_norm_fwd_long_kernel(const T* __restrict__ x, const T* __restrict__ shift,
-                               const T* __restrict__ scale, T* __restrict__ y, Shape shape) {
-  __shared__ float2 sums[2][kMaxThreads / kWarp];
-  const int64_t row = blockIdx.x, sample = row / shape.tokens, channels = shape.channels;
-  x += row * channels;
-  y += row * channels;
-  scale += sample * shape.scale_stride;
-  shift += sample * shape.shift_stride;
-
-  float total = 0.f, squares = 0.f;
-  for (int64_t d = threadIdx.x; d < channels; d += blockDim.x) total += to_float(x[d]);
-  const float mean = team_sum({total, 0.f}, sums[0]).x / channels;
-  for (int64_t d = threadIdx.x; d < channels; d += blockDim.x) {
-    const float centered = to_float(x[d]) - mean;
-    squares += centered * centered;
-  }
-  const float rstd = rsqrtf(team_sum({squares, 0.f}, sums[1]).x / channels + shape.eps);
-  for (int64_t d = threadIdx.x; d < channels; d += blockDim.x)
-    y[d] = from_float<T>((to_float(x[d]) - mean) * rstd * (1.f + to_float(scale[d])) +
-                         to_float(shift[d]));
-}
-
-// As adaln_norm_bwd_kernel; the chunk's sums grow in memory, each element by one thread only.
-template <typename T>
-__global__ void __launch_bounds__(kMaxThreads)
-    adaln_norm_bwd_long_kernel(const T* __restrict__ grad, const T* __restrict__ x,
-                               const T* __restrict__ scale, T* __restrict__ d_x,
-                               float* __restrict__ partial, Shape shape) {
-  __shared__ float2 sums[2][kMaxThreads / kWarp];
-  const int64_t channels = shape.channels, team = blockIdx.x, sample = team / shape.chunks;
-  const int64_t first = (team - sample * shape.chunks) * shape.chunk_rows;
-  const int64_t rows = min(shape.chunk_rows, shape.tokens - first);
-  const int64_t offset = (sample * shape.tokens + first) * channels;
-  scale += sample * shape.scale_stride;
-  float* d_shift = partial + team * channels;
-  float* d_scale = d_shift + shape.samples * shape.chunks * channels;
-
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* x_row = x + offset + r * channels;
-    const T* grad_row = grad + offset + r * channels;
-    float2 total = {0.f, 0.f}, products = {0.f, 0.f};
-    for (int64_t d = threadIdx.x; d < channels; d += blockDim.x) {
-      total.x += to_float(x_row[d]);
-      total.y += to_float(grad_row[d]) * (1.f + to_float(scale[d]));
-    }
-    total = team_sum(total, sums[0]);
-    const float mean = total.x / channels, mean_grad = total.y / channels;
-    for (int64_t d = threadIdx.x; d < channels; d += blockDim.x) {
-      const float centered = to_float(x_row[d]) - mean;
-      products.x += centered * centered;
-      products.y += centered * to_float(grad_row[d]) * (1.f + to_float(scale[d]));
-    }
-    products = team_sum(products, sums[1]);
-    const float rstd = rsqrtf(products.x / channels + shape.eps);
-    const float mean_product = products.y / channels * rstd;
-    for (int64_t d = threadIdx.x; d < channels; d += blockDim.x) {
-      const float normed = (to_float(x_row[d]) - mean) * rstd, g = to_float(grad_row[d]);
-      d_x[offset + r * channels + d] = from_float<T>(
-          (g * (1.f + to_float(scale[d])) - mean_grad - normed * mean_product) * rstd);
-      d_shift[d] = (r == 0 ? 0.f : d_shift[d]) + g;
-      d_scale[d] = (r == 0 ? 0.f : d_scale[d]) + g * normed;
-    }
-  }
-}
-
-// Adds up the chunks' sums: a column of kSumLanes threads a channel, each a strided share of them.
-constexpr int kSumLanes = 8;
-
-template <typename T>
-__global__ void __launch_bounds__(kWarp* kSumLanes)
-    adaln_norm_bwd_sum_kernel(const float* __restrict__ partial, T* __restrict__ d_shift,
-                              T* __restrict__ d_scale, Shape shape) {
-  __shared__ float2 lanes[kSumLanes][kWarp];
-  const int64_t blocks = (shape.channels + kWarp - 1) / kWarp;
-  const int64_t sample = blockIdx.x / blocks;
-  const int64_t channel = (blockIdx.x - sample * blocks) * kWarp + threadIdx.x;
-  const int64_t size = shape.samples * shape.chunks * shape.channels;
-  const bool inside = channel < shape.channels;
-
-  float2 total = {0.f, 0.f};
-  for (int64_t chunk = threadIdx.y; inside && chunk < shape.chunks; chunk += kSumLanes) {
-    const float* from = partial + (sample * shape.chunks + chunk) * shape.channels + channel;
-    total.x += from[0];
-    total.y += from[size];
-  }
-  lanes[threadIdx.y][threadIdx.x] = total;
-  __syncthreads();
-  if (threadIdx.y != 0 || !inside) return;
-  for (int lane = 1; lane < kSumLanes; ++lane) {
-    total.x += lanes[lane][threadIdx.x].x;
-    total.y += lanes[lane][threadIdx.x].y;
-  }
-  d_shift[sample * shape.channels + channel] = from_float<T>(total.x);
-  d_scale[sample * shape.channels + channel] = from_float<T>(total.y);
-}
-
+// Shape suffixes: R = tokens of all samples, D = channels, S = rows of modulation.
 template <typename T>
 struct Forward {
-  static constexpr int kScalars = kForwardScalars;
-  const T *x, *shift, *scale;
+  static constexpr int kHeld = kVectorChannels, kScalars = 8;
+  const T* x;
   T* y;
-  Shape shape;
+  Modulation<T> modulation;
+  int64_t tokens;    // R
+  int64_t group;     // R / S
+  int64_t channels;  // D
+  bool rms;
+  float eps;
   cudaStream_t stream;
 
   template <int N, int V>
-  void rows() const {
-    const dim3 block = team_block(static_cast<int>((shape.channels + N - 1) / N), V);
-    const int64_t grid = (shape.samples * shape.tokens + block.y - 1) / block.y;
-    adaln_norm_fwd_kernel<T, N, V>
-        <<<static_cast<unsigned>(grid), block, 0, stream>>>(x, shift, scale, y, shape);
-  }
-
-  void long_rows() const {
-    const auto grid = static_cast<unsigned>(shape.samples * shape.tokens);
-    adaln_norm_fwd_long_kernel<T><<<grid, kMaxThreads, 0, stream>>>(x, shift, scale, y, shape);
-  }
+  void rows() const;
+  void long_rows() const;
 };
+
+template <typename T, typename Row>
+__device__ __forceinline__ void forward_token(const Forward<T>& a, const Row& row, int64_t token,
+                                              TeamSums sums) {
+  const int64_t sample = token / a.group;
+  const auto x = row.load(a.x + token * a.channels);
+  const auto scale = row.load(a.modulation.scale_row(sample));
+  const auto shift = row.load_optional(a.modulation.shift_row(sample));
+  const Statistics of = statistics(row, x, a.rms, a.eps, sums);
+  const auto modulate = modulator(a.modulation, row, shift, scale);
+  row.store(a.y + token * a.channels,
+            [&](Place at) { return modulate(at, (x(at) - of.mean) * of.rstd); });
+}
+
+// A team that shares its block with others is one warp, and meets no barrier.
+template <typename T, int N, int V>
+__global__ void __launch_bounds__(kMaxThreads) adaln_norm_fwd_kernel(Forward<T> a) {
+  __shared__ float2 buffers[2][kMaxThreads / kWarp];
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (token < a.tokens) forward_token(a, HeldRow<N, V>(a.channels), token, {buffers});
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) adaln_norm_fwd_long_kernel(Forward<T> a) {
+  __shared__ float2 buffers[2][kMaxThreads / kWarp];
+  forward_token(a, StreamedRow(a.channels), blockIdx.x, {buffers});
+}
+
+template <typename T>
+template <int N, int V>
+void Forward<T>::rows() const {
+  const dim3 block = row_block<N, V>(channels);
+  adaln_norm_fwd_kernel<T, N, V><<<row_grid(tokens, block.y), block, 0, stream>>>(*this);
+}
+
+template <typename T>
+void Forward<T>::long_rows() const {
+  adaln_norm_fwd_long_kernel<T><<<row_grid(tokens, 1), kMaxThreads, 0, stream>>>(*this);
+}
 
 template <typename T>
 struct Backward {
-  static constexpr int kScalars = kBackwardScalars;
-  const T *grad, *x, *scale;
-  T *d_x, *d_shift, *d_scale;
-  float* partial;
-  Shape shape;
+  static constexpr int kHeld = 8, kScalars = 8;  // two running sums for each beside: 16 would spill
+  const T *grad, *x;
+  const float* gain;
+  T* d_x;
+  Parts parts;  // d_offset, d_gain
+  Groups groups;
+  int64_t channels;  // D
+  bool rms;
+  float eps;
   cudaStream_t stream;
 
   template <int N, int V>
-  void rows() const {
-    const dim3 block = team_block(static_cast<int>((shape.channels + N - 1) / N), V);
-    const int64_t grid = (shape.samples * shape.chunks + block.y - 1) / block.y;
-    adaln_norm_bwd_kernel<T, N, V>
-        <<<static_cast<unsigned>(grid), block, 0, stream>>>(grad, x, scale, d_x, partial, shape);
-    sum();
-  }
-
-  void long_rows() const {
-    const auto grid = static_cast<unsigned>(shape.samples * shape.chunks);
-    adaln_norm_bwd_long_kernel<T>
-        <<<grid, kMaxThreads, 0, stream>>>(grad, x, scale, d_x, partial, shape);
-    sum();
-  }
-
-  void sum() const {
-    const int64_t grid = shape.samples * ((shape.channels + kWarp - 1) / kWarp);
-    const dim3 block(kWarp, kSumLanes);
-    adaln_norm_bwd_sum_kernel<T>
-        <<<static_cast<unsigned>(grid), block, 0, stream>>>(partial, d_shift, d_scale, shape);
-  }
+  void rows() const;
+  void long_rows() const;
 };
 
-// Picks the kernel by D and alignment alone.
-template <typename T, typename Call>
-void launch(const Call& call, bool aligned) {
-  constexpr int kPack = 16 / sizeof(T);
-  constexpr int kMost = kVectorChannels / kPack;
-  const int64_t channels = call.shape.channels;
-  if (aligned && channels % kPack == 0 && channels <= kMaxThreads * kVectorChannels) {
-    const int per_thread = packs_per_thread(channels / kPack, kPack);
-    if (per_thread == 1) return call.template rows<kPack, 1>();
-    if (per_thread == 2) return call.template rows<kPack, 2>();
-    if constexpr (kMost > 2) return call.template rows<kPack, kMost>();
+// A team walks the rows of one chunk: d_x row by row, and the chunk's part of d_offset and d_gain.
+template <typename T, typename Row>
+__device__ __forceinline__ void backward_chunk(const Backward<T>& a, const Row& row, int64_t team,
+                                               TeamSums sums) {
+  const Chunk chunk(a.groups, team);
+  float* const offset_part = a.parts.chunks[0] + team * a.channels;
+  float* const gain_part = a.parts.chunks[1] + team * a.channels;
+  const auto gain = row.load(a.gain + chunk.sample * a.channels);
+  auto d_offset = row.running(offset_part), d_gain = row.running(gain_part);
+#pragma unroll 1
+  for (int64_t r = 0; r < chunk.rows; ++r) {
+    const int64_t begin = (chunk.first + r) * a.channels;
+    const auto x = row.load(a.x + begin), grad = row.load(a.grad + begin);
+    const auto d_normed = [&](Place at) { return grad(at) * gain(at); };
+    const NormGradient norm = norm_gradient(row, x, d_normed, a.rms, a.eps, sums);
+    row.store(a.d_x + begin, [&](Place at) { return norm(x(at), d_normed(at)); });
+    row.each([&](Place at) {
+      d_offset.add(at, grad(at));
+      d_gain.add(at, grad(at) * norm.normed(x(at)));
+    });
   }
-  if (channels <= kMaxThreads * Call::kScalars) return call.template rows<1, Call::kScalars>();
-  call.long_rows();
+  row.finish(d_offset, offset_part);
+  row.finish(d_gain, gain_part);
 }
 
-Shape shape_of(const Tensor& x, int64_t shift_stride, int64_t scale_stride, double eps) {
-  Shape shape{x.size(0), x.size(1), x.size(2), shift_stride, scale_stride, 0, 0,
-              static_cast<float>(eps)};
-  // About 16 chunks a sample, of 4 to 64 rows: by L alone, so that sums do not depend on the batch.
-  shape.chunk_rows = std::clamp<int64_t>(next_power_of_2(shape.tokens) / 16, 4, 64);
-  shape.chunks = (shape.tokens + shape.chunk_rows - 1) / shape.chunk_rows;
-  return shape;
+// The 1 of the launch bounds: without it ptxas aims at two blocks a multiprocessor and spills.
+template <typename T, int N, int V>
+__global__ void __launch_bounds__(kMaxThreads, 1) adaln_norm_bwd_kernel(Backward<T> a) {
+  __shared__ float2 buffers[2][kMaxThreads / kWarp];
+  const int64_t team = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (team < a.groups.teams()) backward_chunk(a, HeldRow<N, V>(a.channels), team, {buffers});
 }
 
-Tensor adaln_norm_cuda(const Tensor& x, const Tensor& shift, const Tensor& scale, double eps) {
-  check_contiguous("adaln_norm", "x", x, x);
-  check_rows("adaln_norm", "shift", x, shift);
-  check_rows("adaln_norm", "scale", x, scale);
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) adaln_norm_bwd_long_kernel(Backward<T> a) {
+  __shared__ float2 buffers[2][kMaxThreads / kWarp];
+  backward_chunk(a, StreamedRow(a.channels), blockIdx.x, {buffers});
+}
+
+template <typename T>
+template <int N, int V>
+void Backward<T>::rows() const {
+  const dim3 block = row_block<N, V>(channels);
+  const unsigned grid = row_grid(groups.teams(), block.y);
+  adaln_norm_bwd_kernel<T, N, V><<<grid, block, 0, stream>>>(*this);
+}
+
+template <typename T>
+void Backward<T>::long_rows() const {
+  const unsigned grid = row_grid(groups.teams(), 1);
+  adaln_norm_bwd_long_kernel<T><<<grid, kMaxThreads, 0, stream>>>(*this);
+}
+
+Tensor adaln_norm_cuda(const Tensor& x, const std::optional<Tensor>& shift, const Tensor& scale,
+                       const std::optional<Tensor>& weight, const std::optional<Tensor>& table,
+                       bool rms, double eps) {
+  check_rows_like("adaln_norm", "x", x, x);
   Tensor y = torch::stable::empty_like(x);
   if (x.numel() == 0) return y;
-
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const Shape shape = shape_of(x, shift.stride(0), scale.stride(0), eps);
   with_element("adaln_norm", x, [&]<typename T>(T*) {
-    const Forward<T> call{static_cast<const T*>(x.data_ptr()),
-                          static_cast<const T*>(shift.data_ptr()),
-                          static_cast<const T*>(scale.data_ptr()),
-                          static_cast<T*>(y.data_ptr()),
-                          shape,
-                          current_stream(x)};
-    const bool strides = shape.shift_stride * sizeof(T) % 16 == 0 &&
-                         shape.scale_stride * sizeof(T) % 16 == 0;
-    launch<T>(call, strides && aligned16({call.x, call.shift, call.scale, call.y}));
+    const int64_t D = x.size(x.dim() - 1), R = x.numel() / D;
+    const Forward<T> call{.x = static_cast<const T*>(x.const_data_ptr()),
+                          .y = static_cast<T*>(y.mutable_data_ptr()),
+                          .modulation =
+                              modulation_of<T>("adaln_norm", x, shift, scale, weight, table),
+                          .tokens = R,
+                          .group = R / scale.size(0),
+                          .channels = D,
+                          .rms = rms,
+                          .eps = static_cast<float>(eps),
+                          .stream = current_stream(x)};
+    launch_rows<T>(call, D, aligned(call.modulation) && aligned16({call.x, call.y}));
   });
   check_launch("adaln_norm");
   return y;
 }
 
 std::tuple<Tensor, Tensor, Tensor> adaln_norm_backward_cuda(const Tensor& grad, const Tensor& x,
-                                                            const Tensor& scale, double eps) {
-  check_contiguous("adaln_norm_backward", "x", x, x);
-  check_contiguous("adaln_norm_backward", "grad", x, grad);
-  check_rows("adaln_norm_backward", "scale", x, scale);
-  for (int i = 0; i < 3; ++i)
-    STD_TORCH_CHECK(grad.size(i) == x.size(i),
-                    "adaln_norm_backward: grad must have the shape of x");
-  const int64_t B = x.size(0), D = x.size(2);
+                                                            const Tensor& gain, bool rms,
+                                                            double eps) {
+  check_rows_like("adaln_norm_backward", "x", x, x);
+  check_rows_like("adaln_norm_backward", "grad", x, grad);
+  check_gain("adaln_norm_backward", "gain", x, gain);
   Tensor d_x = torch::stable::empty_like(x);
+  const int64_t D = x.size(x.dim() - 1), S = gain.size(0);
   if (x.numel() == 0)
-    return {d_x, torch::stable::new_zeros(x, {B, D}), torch::stable::new_zeros(x, {B, D})};
-
+    return {d_x, torch::stable::new_zeros(gain, {S, D}), torch::stable::new_zeros(gain, {S, D})};
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const Shape shape = shape_of(x, 0, scale.stride(0), eps);
-  Tensor d_shift = torch::stable::new_empty(x, {B, D});
-  Tensor d_scale = torch::stable::new_empty(x, {B, D});
-  Tensor partial = torch::stable::new_empty(x, {2, B, shape.chunks, D},
-                                            torch::headeronly::ScalarType::Float);
+  const Groups groups(x.numel() / D, S);
+  const PartTensors sums(gain, 2, groups);
   with_element("adaln_norm", x, [&]<typename T>(T*) {
-    const Backward<T> call{static_cast<const T*>(grad.data_ptr()),
-                           static_cast<const T*>(x.data_ptr()),
-                           static_cast<const T*>(scale.data_ptr()),
-                           static_cast<T*>(d_x.data_ptr()),
-                           static_cast<T*>(d_shift.data_ptr()),
-                           static_cast<T*>(d_scale.data_ptr()),
-                           static_cast<float*>(partial.data_ptr()),
-                           shape,
-                           current_stream(x)};
-    const bool stride = shape.scale_stride * sizeof(T) % 16 == 0;
-    launch<T>(call, stride && aligned16({call.grad, call.x, call.scale, call.d_x}));
+    const Backward<T> call{.grad = static_cast<const T*>(grad.const_data_ptr()),
+                           .x = static_cast<const T*>(x.const_data_ptr()),
+                           .gain = static_cast<const float*>(gain.const_data_ptr()),
+                           .d_x = static_cast<T*>(d_x.mutable_data_ptr()),
+                           .parts = sums.parts,
+                           .groups = groups,
+                           .channels = D,
+                           .rms = rms,
+                           .eps = static_cast<float>(eps),
+                           .stream = current_stream(x)};
+    launch_rows<T>(call, D, aligned16({call.grad, call.x, call.gain, call.d_x}));
+    sum_groups(sums.parts, 2, groups, D, call.stream);
   });
   check_launch("adaln_norm_backward");
-  return {d_x, d_shift, d_scale};
+  return {d_x, sums.sums[0], sums.sums[1]};
 }
 
 }  // namespace

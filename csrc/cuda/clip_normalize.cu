@@ -26,8 +26,8 @@ enum Mode { kL2, kLayer, kStandardize };
 
 template <typename T>
 struct Call {
-  static constexpr int kScalars = 8;  // channels a thread holds where it loads them one by one
-  const T *x, *grad;                  // grad: of the backward only
+  static constexpr int kHeld = kVectorChannels, kScalars = 8;
+  const T *x, *grad;  // grad: of the backward only
   const float *mean, *std;
   T* out;          // y, or d_x
   int64_t tokens;  // pooled ones
@@ -65,14 +65,14 @@ struct Affine {
 
 template <typename T, typename Row, typename P>
 __device__ __forceinline__ Affine statistics(const Call<T>& a, const Row& row, const P& p,
-                                             TeamBuffers& sums) {
+                                             TeamSums& sums) {
   if (a.mode == kL2) {
-    const float length = sqrtf(row_sum(row, sums.at[1], [&](Place at) { return p(at) * p(at); }));
+    const float length = sqrtf(row_sum(row, sums, [&](Place at) { return p(at) * p(at); }));
     const bool clamped = length < a.eps;  // false for NaN, which must come out
     return {0.f, 1.f / (clamped ? a.eps : length), clamped};
   }
-  const float mean = row_sum(row, sums.at[0], [&](Place at) { return p(at); }) / a.channels;
-  const float squares = row_sum(row, sums.at[1], [&](Place at) {
+  const float mean = row_sum(row, sums, [&](Place at) { return p(at); }) / a.channels;
+  const float squares = row_sum(row, sums, [&](Place at) {
     const float centered = p(at) - mean;
     return centered * centered;
   });
@@ -84,7 +84,7 @@ __device__ __forceinline__ float spread(float std, float eps) { return std < eps
 
 template <typename T, typename Row>
 __device__ __forceinline__ void forward_token(const Call<T>& a, const Row& row, int64_t token,
-                                              TeamBuffers& sums) {
+                                              TeamSums& sums) {
   const T* x = a.x + first_token(a, token) * a.channels;
   T* y = a.out + token * a.channels;
   const int count = a.pool * a.pool;
@@ -103,7 +103,7 @@ __device__ __forceinline__ void forward_token(const Call<T>& a, const Row& row, 
 
 template <typename T, typename Row>
 __device__ __forceinline__ void backward_token(const Call<T>& a, const Row& row, int64_t token,
-                                               TeamBuffers& sums) {
+                                               TeamSums& sums) {
   const int64_t first = first_token(a, token) * a.channels;
   const T* x = a.x + first;
   T* d_x = a.out + first;
@@ -122,7 +122,7 @@ __device__ __forceinline__ void backward_token(const Call<T>& a, const Row& row,
   }
   const auto p = row.sum_of_rows(count, share, [&](int k) { return x + neighbor(a, k); });
   const Affine map = statistics(a, row, p, sums);
-  float2 total = row_sums(row, sums.at[0], [&](Place at) {
+  float2 total = row_sums(row, sums, [&](Place at) {
     return float2{g(at), g(at) * ((p(at) - map.center) * map.factor)};
   });
   if (a.mode == kLayer) {
@@ -141,27 +141,31 @@ __device__ __forceinline__ void backward_token(const Call<T>& a, const Row& row,
 // A team a pooled token; a team that shares its block with others has one warp and no barrier.
 template <typename T, int N, int V>
 __global__ void __launch_bounds__(kMaxThreads) clip_normalize_fwd_kernel(Call<T> a) {
-  __shared__ TeamBuffers sums;
+  __shared__ float2 buffers[2][kMaxThreads / kWarp];
+  TeamSums sums{buffers};
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token < a.tokens) forward_token(a, HeldRow<N, V>(a.channels), token, sums);
 }
 
 template <typename T, int N, int V>
 __global__ void __launch_bounds__(kMaxThreads) clip_normalize_bwd_kernel(Call<T> a) {
-  __shared__ TeamBuffers sums;
+  __shared__ float2 buffers[2][kMaxThreads / kWarp];
+  TeamSums sums{buffers};
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token < a.tokens) backward_token(a, HeldRow<N, V>(a.channels), token, sums);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) clip_normalize_fwd_long_kernel(Call<T> a) {
-  __shared__ TeamBuffers sums;
+  __shared__ float2 buffers[2][kMaxThreads / kWarp];
+  TeamSums sums{buffers};
   forward_token(a, StreamedRow(a.channels), blockIdx.x, sums);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) clip_normalize_bwd_long_kernel(Call<T> a) {
-  __shared__ TeamBuffers sums;
+  __shared__ float2 buffers[2][kMaxThreads / kWarp];
+  TeamSums sums{buffers};
   backward_token(a, StreamedRow(a.channels), blockIdx.x, sums);
 }
 

@@ -31,10 +31,13 @@ def read(path: Path = PATH) -> dict[Key, Config]:
     }
 
 
-def default(channels: int) -> Config:
-    """About 8 to 16 values a lane; several short rows a program, so that each has a full warp."""
+def default(op: str, channels: int) -> Config:
+    """About 8 values a lane; of short rows, several a program, so that each lane has work.
+
+    Backwards hold sums for each value beside and take fewer rows, or ptxas would spill.
+    """
     block = triton.next_power_of_2(channels)
-    rows = min(MOST_ROWS, max(1, 512 // block))
+    rows = min(MOST_ROWS, max(1, (256 if op.endswith("_backward") else 512) // block))
     return rows, min(MOST_WARPS, max(1, rows * block // 256))
 
 
@@ -47,8 +50,13 @@ def tile(op: str, channels: int, device: int) -> tuple[int, int, int]:
         device: of the tensors, as `Tensor.get_device()` says; -1, the CPU, takes the default.
     """
     arch = ARCHS[device] if device >= 0 else "cpu"
-    rows, warps = TABLE.get((op, arch, channels)) or default(channels)
+    rows, warps = TABLE.get((op, arch, channels)) or default(op, channels)
     return rows, triton.next_power_of_2(channels), warps
+
+
+def converts_float8(device: int) -> bool:
+    """Whether the device has instructions for float8_e4m3fn: compute capability 8.9 and later."""
+    return device >= 0 and CAPABILITIES[device] >= (8, 9)
 
 
 @contextmanager
@@ -67,7 +75,5 @@ def override(key: Key, config: Config) -> Iterator[None]:
 
 TABLE = read()
 # Looked up once, at import, so that torch.compile sees constants.
-ARCHS = tuple(
-    "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    for device in range(torch.cuda.device_count())
-)
+CAPABILITIES = tuple(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
+ARCHS = tuple(f"sm_{major}{minor}" for major, minor in CAPABILITIES)

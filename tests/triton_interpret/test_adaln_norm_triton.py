@@ -8,6 +8,7 @@ import torch
 from clipflow.kernels.triton import adaln_norm as kernel
 from torch import Tensor
 
+from clipflow.modulation import gain
 from clipflow.ops.adaln_norm import adaln_norm, reference
 
 EPS = 1e-6
@@ -36,7 +37,7 @@ def make_inputs(B: int, L: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Ten
 def eager_values(inputs: tuple[Tensor, ...], grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Output and the three gradients of the reference, computed from `inputs` cast to `dtype`."""
     leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
-    out = reference(*leaves, EPS)
+    out = reference(*leaves, eps=EPS)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
 
 
@@ -73,10 +74,10 @@ def test_value_and_each_gradient(shape, dtype):
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8)], ids=str)
 def test_empty_batch(shape):
     x, shift, scale = make_inputs(*shape, torch.float32)
-    assert kernel.forward(x, shift, scale, EPS).shape == shape
-    d_x, d_shift, d_scale = kernel.backward(x, x, scale, EPS)
+    assert kernel.forward(x, shift, scale, None, None, False, EPS).shape == shape
+    d_x, d_offset, d_gain = kernel.backward(x, x, gain(scale, None, None), False, EPS)
     assert d_x.shape == shape
-    for gradient in (d_shift, d_scale):
+    for gradient in (d_offset, d_gain):
         torch.testing.assert_close(gradient, torch.zeros(shape[0], shape[2]))
 
 
@@ -93,11 +94,15 @@ def test_a_sample_does_not_depend_on_its_batch(D):
     """Bitwise, gradients of the modulation included: no order of summing depends on B."""
     x, shift, scale = make_inputs(3, 21, D, torch.float32)
     grad = torch.randn_like(x)
-    together = [kernel.forward(x, shift, scale, EPS), *kernel.backward(grad, x, scale, EPS)]
+    scales = gain(scale, None, None)
+    together = [
+        kernel.forward(x, shift, scale, None, None, False, EPS),
+        *kernel.backward(grad, x, scales, False, EPS),
+    ]
     one = slice(1, 2)
     alone = [
-        kernel.forward(x[one], shift[one], scale[one], EPS),
-        *kernel.backward(grad[one], x[one], scale[one], EPS),
+        kernel.forward(x[one], shift[one], scale[one], None, None, False, EPS),
+        *kernel.backward(grad[one], x[one], scales[one], False, EPS),
     ]
     for whole, single in zip(together, alone, strict=True):
         assert torch.equal(whole[one], single)
@@ -109,7 +114,7 @@ def test_not_finite_where_eager_is_not(bad):
     x[1, 2, 5] = bad
     shift[0, 3] = bad
     actual = adaln_norm(x, shift, scale, backend="triton")
-    expected = reference(x, shift, scale, EPS)
+    expected = reference(x, shift, scale, eps=EPS)
     torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
@@ -118,9 +123,9 @@ def test_constant_rows_with_eps_zero():
     x, shift, scale = make_inputs(1, 5, 24, torch.float32)
     x[0, 3] = 2.0
     grad = torch.randn_like(x)
-    actual = kernel.backward(grad, x, scale, 0.0)[0]
+    actual = kernel.backward(grad, x, gain(scale, None, None), False, 0.0)[0]
     kept = [0, 1, 2, 4]
     leaf = x.clone().requires_grad_()
-    expected = torch.autograd.grad(reference(leaf, shift, scale, 0.0), leaf, grad)[0]
+    expected = torch.autograd.grad(reference(leaf, shift, scale, eps=0.0), leaf, grad)[0]
     torch.testing.assert_close(actual[:, kept], expected[:, kept])
     assert not actual[0, 3].isfinite().any()
