@@ -8,9 +8,9 @@
 
 namespace clipflow {
 
-// The output is made in tiles of so many channels, rows and columns of the grid: three rows of x are
-// about as large as the L1 cache, and the pages of 18 rows are fewer than the address cache holds,
-// so that the tile of the next channels, which lies in the same pages, finds them there.
+// The output is made in tiles of so many channels, rows and columns of the grid. Three rows of x
+// are then about as large as the L1 cache, and 18 rows lie on fewer pages than the processor
+// remembers, so that the tile of the next channels, on the same pages, finds their addresses.
 constexpr int64_t kTileChannels = 32, kTileRows = 16, kTileColumns = 32;
 
 struct GluConv {
