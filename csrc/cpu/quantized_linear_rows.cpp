@@ -392,35 +392,48 @@ void multiply_panel(const QuantizedLinear& a, const uint8_t* weight, int64_t fir
 #if defined(__AVX512F__)
 #define CLIPFLOW_VNNI __attribute__((target("avx512vnni")))
 #define CLIPFLOW_DOT _mm512_dpbusd_epi32
-constexpr int64_t kDotRows = 14;
+constexpr int64_t kDotRows = 12;
 #else
 #define CLIPFLOW_VNNI __attribute__((target("avxvnni")))
 #define CLIPFLOW_DOT _mm256_dpbusd_avx_epi32
 constexpr int64_t kDotRows = 6;
 #endif
 
-// With VNNI. Past the last row, that row is computed again and dropped.
-CLIPFLOW_VNNI void multiply_panel_dot(const QuantizedLinear& a, const uint8_t* weight,
-                                      int64_t first, int64_t rows, Sums& sums) {
-  for (int64_t begin = 0; begin < rows; begin += kDotRows) {
-    Vector sum[kDotRows][kVectors] = {};
-    const uint8_t* x[kDotRows];
-    for (int64_t r = 0; r < kDotRows; ++r)
-      x[r] = groups_of(header(a, first + (begin + r < rows ? begin + r : rows - 1)));
-    for (int64_t g = 0; g < a.groups; ++g) {
+// All groups of kRows rows, with VNNI.
+template <int64_t kRows>
+CLIPFLOW_VNNI void multiply_dot(const uint8_t* weight, const uint8_t* x, int64_t row_bytes,
+                                int64_t groups, int32_t* sums) {
+  Vector sum[kRows][kVectors] = {};
+  for (int64_t g = 0; g < groups; ++g, x += kPreparedGroup) {
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < 4; ++i) {
-        Vector w[kVectors];
-        for (int64_t v = 0; v < kVectors; ++v) w[v] = weight_at(weight, 4 * g + i, v);
-#pragma GCC unroll 14
-        for (int64_t r = 0; r < kDotRows; ++r) {
-          const Vector q = broadcast(x[r] + g * kPreparedGroup + 4 + 4 * i);
-          for (int64_t v = 0; v < kVectors; ++v) sum[r][v] = CLIPFLOW_DOT(sum[r][v], w[v], q);
-        }
+    for (int64_t i = 0; i < 4; ++i) {
+      Vector w[kVectors];
+      for (int64_t v = 0; v < kVectors; ++v) w[v] = weight_at(weight, 4 * g + i, v);
+#pragma GCC unroll 12
+      for (int64_t r = 0; r < kRows; ++r) {
+        const Vector q = broadcast(x + r * row_bytes + 4 + 4 * i);
+        for (int64_t v = 0; v < kVectors; ++v) sum[r][v] = CLIPFLOW_DOT(sum[r][v], w[v], q);
       }
     }
-    for (int64_t r = 0; r < kDotRows && begin + r < rows; ++r)
-      __builtin_memcpy(sums.of[begin + r], sum[r], sizeof sum[r]);
+  }
+  for (int64_t r = 0; r < kRows; ++r) __builtin_memcpy(sums + r * kPanel, sum[r], sizeof sum[r]);
+}
+
+CLIPFLOW_VNNI void multiply_panel_dot(const QuantizedLinear& a, const uint8_t* weight,
+                                      int64_t first, int64_t rows, Sums& sums) {
+  for (int64_t r = 0; r < rows;) {
+    const uint8_t* x = groups_of(header(a, first + r));
+    const int64_t left = rows - r;
+    if (left >= kDotRows) {
+      multiply_dot<kDotRows>(weight, x, a.row_bytes, a.groups, sums.of[r]);
+      r += kDotRows;
+    } else if (left >= 4) {
+      multiply_dot<4>(weight, x, a.row_bytes, a.groups, sums.of[r]);
+      r += 4;
+    } else {
+      multiply_dot<1>(weight, x, a.row_bytes, a.groups, sums.of[r]);
+      r += 1;
+    }
   }
 }
 
