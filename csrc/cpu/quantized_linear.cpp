@@ -85,8 +85,8 @@ Tensor quantized_linear_cpu(const Tensor& x, const std::optional<Tensor>& x_scal
 
   const int64_t M = x.numel() / K, groups = weight.size(1);
   const int64_t row_bytes =
-      (static_cast<int64_t>(sizeof(PreparedRow)) +
-       groups * (kPreparedGroup + kRemainderBytes) + 63) / 64 * 64;
+      (static_cast<int64_t>(sizeof(PreparedRow)) + groups * kPreparedGroup +
+       most_remainders(groups) * kRemainderBytes + 63) / 64 * 64;
   const int64_t block =
       std::min(M, even_share(M, std::max<int64_t>(1, kPreparedBytes / row_bytes)));
   const std::unique_ptr<uint8_t[]> prepared(new uint8_t[block * row_bytes]);

@@ -15,6 +15,9 @@ constexpr int64_t kTileRows = 8;          // rows that a weight in registers is 
 constexpr int64_t kPreparedGroup = 20;    // 16 int8 values, and what their sums start from
 constexpr int64_t kRemainderBytes = 8;    // a remainder: which four, and its 4 values
 
+// Remainders of a row beyond which it is faster without.
+static inline int64_t most_remainders(int64_t groups) { return (groups + 1) / 2; }
+
 // `count` rows in shares of at most `most`, as even as whole tiles allow.
 static inline int64_t even_share(int64_t count, int64_t most) {
   const int64_t shares = (count + most - 1) / most;
