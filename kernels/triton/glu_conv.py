@@ -162,20 +162,20 @@ def glu_conv_fwd_kernel(
 
 @triton.jit
 def _weight_row(
-    taps, x_ptr, row, first, last, left, middle, right, column, w, stride, c, inside_c,
-    PRE_SILU: tl.constexpr,
-):  # fmt: skip
-    """Add to `taps`, three tiles, the products of row `row` of u with a row of gradients."""
-    left_sum, middle_sum, right_sum = taps
-    if (row >= first) & (row < last):
-        at = x_ptr + tl.cast(row, tl.int64) * w * stride
-        u = _take(at, column, w, stride, c, inside_c, PRE_SILU)
-        inside = (column < w)[:, None] & inside_c[None, :]
-        # The first column of the kernel brings the left neighbor in: here its gradient goes back.
-        left_sum += tl.where(inside & (column + 1 < w)[:, None], u * right, 0.0)
-        middle_sum += tl.where(inside, u * middle, 0.0)
-        right_sum += tl.where(inside & (column > 0)[:, None], u * left, 0.0)
-    return left_sum, middle_sum, right_sum
+    taps, gradient, inside, x_ptr, row, h, column, w, stride, c, inside_c, PRE_SILU: tl.constexpr
+):
+    """Add to `taps`, a tile for each, the products of `gradient` with row `row` of u beside it."""
+    left, middle, right = taps
+    # Outside of the grid u is 0, and 0 * NaN is NaN: so it is in PyTorch's gradient of the weights.
+    width = tl.where((row >= 0) & (row < h), w, 0)
+    at = x_ptr + tl.cast(row, tl.int64) * w * stride
+    u = _take(at, column - 1, width, stride, c, inside_c, PRE_SILU)
+    left += tl.where(inside, u * gradient, 0.0)
+    u = _take(at, column, width, stride, c, inside_c, PRE_SILU)
+    middle += tl.where(inside, u * gradient, 0.0)
+    u = _take(at, column + 1, width, stride, c, inside_c, PRE_SILU)
+    right += tl.where(inside, u * gradient, 0.0)
+    return left, middle, right
 
 
 @triton.jit(do_not_specialize=["h", "w", "partial_size"])
@@ -216,18 +216,18 @@ def glu_conv_bwd_kernel(
             )
             if (row >= first) & (row < last):
                 bias += middle
-            top = _weight_row(
-                top, x, row - 1, first, last, left, middle, right, column, w, token_stride, c,
-                inside_c, PRE_SILU,
-            )  # fmt: skip
-            center = _weight_row(
-                center, x, row, first, last, left, middle, right, column, w, token_stride, c,
-                inside_c, PRE_SILU,
-            )  # fmt: skip
-            bottom = _weight_row(
-                bottom, x, row + 1, first, last, left, middle, right, column, w, token_stride, c,
-                inside_c, PRE_SILU,
-            )  # fmt: skip
+                top = _weight_row(
+                    top, middle, inside, x, row - 1, h, column, w, token_stride, c, inside_c,
+                    PRE_SILU,
+                )  # fmt: skip
+                center = _weight_row(
+                    center, middle, inside, x, row, h, column, w, token_stride, c, inside_c,
+                    PRE_SILU,
+                )  # fmt: skip
+                bottom = _weight_row(
+                    bottom, middle, inside, x, row + 1, h, column, w, token_stride, c, inside_c,
+                    PRE_SILU,
+                )  # fmt: skip
         if row > first:
             if PRE_SILU:
                 at = x + tl.cast(row - 1, tl.int64) * w * token_stride
