@@ -240,13 +240,15 @@ def _native(
 ) -> Tensor:
     if not x.is_cpu:
         return _cuda(x, weight, bias, x_scales, dtype)
+    if bias is not None and (bias.dtype is not torch.float32 or bias.requires_grad):
+        bias = bias.detach().float()
     return _op(
         x.contiguous(),
         None if x_scales is None else x_scales.contiguous(),
         weight.values,
         weight.limits,
         weight.scales,
-        None if bias is None else bias.detach().float().contiguous(),
+        None if bias is None else bias.contiguous(),
         DTYPES.index(dtype),
     )
 

@@ -26,8 +26,7 @@
 namespace clipflow {
 namespace {
 
-constexpr int64_t kBlockRows = 64;     // rows whose prepared form stays in the L2 cache
-constexpr int64_t kBlockGroups = 64;   // groups of one panel that stay in the L1 cache: 16 KiB
+constexpr int64_t kBlockGroups = 64;  // groups of one panel that stay in the L1 cache: 16 KiB
 
 template <typename T>
 void prepare(const QuantizedLinear& a, int64_t begin, int64_t end) {
@@ -108,8 +107,8 @@ CLIPFLOW_INLINE void keep_order(Vector& value) {
 
 // Groups [begin, end) of rows that keep the rules.
 template <int64_t kRows>
-void multiply_grouped(const uint8_t* weight, const uint8_t* x, int64_t row_bytes,
-                                      int64_t begin, int64_t end, int32_t* sums) {
+void multiply_grouped(const uint8_t* weight, const uint8_t* x, int64_t row_bytes, int64_t begin,
+                      int64_t end, int32_t* sums) {
   for (int64_t g = begin; g < end; ++g) {
     Vector w[4][kVectors];
     for (int64_t i = 0; i < 4; ++i)
@@ -293,21 +292,19 @@ CLIPFLOW_INLINE void finish(const QuantizedLinear& a, const PreparedRow* row, co
 template <typename T>
 void multiply(const QuantizedLinear& a, int64_t begin, int64_t end) {
   Sums sums;
-  const int64_t block = even_share(a.rows, kBlockRows);
-  for (int64_t first = 0; first < a.rows; first += block) {
-    const int64_t rows = a.rows - first < block ? a.rows - first : block;
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const uint8_t* weight = a.weight + panel * a.groups * kGroup * kPanel;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t first = item / a.panels * a.block_rows, panel = item % a.panels;
+    const int64_t rows = a.rows - first < a.block_rows ? a.rows - first : a.block_rows;
+    const uint8_t* weight = a.weight + panel * a.groups * kGroup * kPanel;
 #if defined(__AVX2__)
-      if (a.dot_products)
-        multiply_panel_dot(a, weight, first, rows, sums);
-      else
+    if (a.dot_products)
+      multiply_panel_dot(a, weight, first, rows, sums);
+    else
 #endif
-        multiply_panel(a, weight, first, rows, sums);
-      for (int64_t r = 0; r < rows; ++r) {
-        T* y = static_cast<T*>(a.y) + (a.first + first + r) * a.N;
-        finish(a, header(a, first + r), sums.of[r], panel * kPanel, y);
-      }
+      multiply_panel(a, weight, first, rows, sums);
+    for (int64_t r = 0; r < rows; ++r) {
+      T* y = static_cast<T*>(a.y) + (a.first + first + r) * a.N;
+      finish(a, header(a, first + r), sums.of[r], panel * kPanel, y);
     }
   }
 }
