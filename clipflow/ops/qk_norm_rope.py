@@ -248,14 +248,18 @@ def _plain_backward(
         wide_x = wide_x - wide_x.mean(-1, keepdim=True)
     rstd = (wide_x.square().mean(-1, keepdim=True) + eps).rsqrt()
     xhat = wide_x * rstd
-    rows = tuple(range(d_normed.ndim - 1))
-    d_weight = None if weight is None else (d_normed * xhat).sum(rows).to(x.dtype)
-    d_bias = None if bias is None else d_normed.sum(rows).to(x.dtype)
+    d_weight = None if weight is None else _total(d_normed * xhat).to(x.dtype)
+    d_bias = None if bias is None else _total(d_normed).to(x.dtype)
     g = d_normed if weight is None else d_normed * weight.to(wide)
     d_x = g - xhat * (g * xhat).mean(-1, keepdim=True)
     if NORMS[norm] == "layer":
         d_x = d_x - g.mean(-1, keepdim=True)
     return (d_x * rstd).view(x.shape).to(x.dtype), d_weight, d_bias
+
+
+def _total(x: Tensor) -> Tensor:
+    """Sum over all but the last dimension; in float64, as its terms may cancel each other."""
+    return x.flatten(0, -2).sum(0, dtype=torch.float64)
 
 
 def _triton(q, k, q_weight, k_weight, q_bias, k_bias, *rest) -> tuple[Tensor, Tensor]:

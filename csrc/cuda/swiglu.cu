@@ -5,7 +5,7 @@
 //
 // Source: Shazeer, "GLU Variants Improve Transformer" (2020), equation 6.
 // Bytes moved: forward reads a and b and writes y; backward reads grad, a and b and writes d_a and
-// d_b. Computed in float32, rounded once; in float32, y takes the roundings of PyTorch's kernels.
+// d_b. Computed in float32 and rounded once; in float32, y takes the roundings of PyTorch's own.
 
 #include <algorithm>
 #include <tuple>

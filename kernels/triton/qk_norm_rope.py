@@ -325,7 +325,7 @@ def backward(
             )  # fmt: skip
     if not parameters:
         return d_x, None, None
-    d_weight, d_bias = partial.sum(1)
+    d_weight, d_bias = partial.sum(1, dtype=torch.float64).float()
     return d_x, d_weight, d_bias
 
 
