@@ -5,6 +5,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clipflow import ops
+
 
 class CrossAttention(nn.Module):
     """Multi-head attention with biased projections and a key mask.
@@ -35,9 +37,14 @@ class CrossAttention(nn.Module):
         """
         q = self._heads(self.to_q(tokens))
         k, v = self._heads(self.to_k(condition)), self._heads(self.to_v(condition))
-        bias = None if mask is None else mask[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.to_out[0](mixed.transpose(1, 2).flatten(2))
+        if mask is None:
+            mixed = ops.dit_attention(q, k, v)
+        else:
+            # Prompts are padded on the left, which key lengths cannot say.
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+            mixed = mixed.transpose(1, 2)
+        return self.to_out[0](mixed.flatten(2))
 
     def _heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return tokens.unflatten(-1, (self.heads, -1))
