@@ -266,13 +266,15 @@ def _cuda(
     values, scales = (x, x_scales) if x_scales is not None else _quantize(x, weight.dtype)
     values, scales = values.reshape(-1, K).contiguous(), scales.reshape(-1, 1).contiguous()
     M = values.shape[0]
+    if M == 0:
+        return x.new_empty((*x.shape[:-1], N), dtype=dtype)
     if weight.dtype == FP8:  # by rows it has no output but bfloat16
         columns = weight.scales[None, :]
         y = torch._scaled_mm(values, weight.values.t(), scales, columns, out_dtype=torch.bfloat16)
     else:
         # Fewer than 17 rows are refused.
-        values = F.pad(values, (0, 0, 0, 32 - M)) if M < 32 else values
-        y = torch._int_mm(values, weight.values.t())[:M] * scales * weight.scales
+        padded = F.pad(values, (0, 0, 0, torch.sym_max(0, 17 - M)))
+        y = torch._int_mm(padded, weight.values.t())[:M] * scales * weight.scales
     y = y if bias is None else y.float() + bias.float()
     return y.to(dtype).view(*x.shape[:-1], N)
 
@@ -368,7 +370,7 @@ OP = register(
         of_length=lambda L: _case(2, L, 24, 40),
         any_case=_any_case,
         traffic="read x and the 8-bit weight, write y",
-        flops=lambda x, weight, *_: 2 * x.numel() * weight.shape[0],
+        flops=lambda x, weight, **_: 2 * x.numel() * weight.shape[0],
         differentiable=False,
         truth=_truth,
     )
