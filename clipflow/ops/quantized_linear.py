@@ -330,7 +330,7 @@ def _case(B: int, L: int, K: int, N: int, *, bias: bool = True) -> Case:
 
 def _any_case(rng: random.Random) -> Case:
     K = rng.choice([rng.randint(1, 140), rng.randint(1, 8192)])
-    N = rng.choice([rng.randint(1, 40), rng.randint(1, max(1, 2**20 // K))])
+    N = rng.choice([rng.randint(1, 40), rng.randint(1, max(1, 2**17 // K))])
     L = rng.randint(0, max(1, 2**15 // max(K, N)))
     return _case(rng.randint(0, 3), L, K, N, bias=rng.random() < 0.5)
 
