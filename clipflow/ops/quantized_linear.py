@@ -370,7 +370,7 @@ OP = register(
         of_length=lambda L: _case(2, L, 24, 40),
         any_case=_any_case,
         traffic="read x and the 8-bit weight, write y",
-        flops=lambda x, weight, **_: 2 * x.numel() * weight.shape[0],
+        flops=lambda x, weight, *_, **__: 2 * x.numel() * weight.shape[0],
         differentiable=False,
         truth=_truth,
     )
