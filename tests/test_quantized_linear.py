@@ -1,5 +1,7 @@
 """Meaning and errors of quantized_linear, beside the tests of every op in test_ops.py."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,6 +104,16 @@ def test_float8_runs_on_eager():
     assert (y - exact).norm() / exact.norm() < 0.05
     with pytest.raises(BackendUnavailable, match="no float8 kernel for the CPU"):
         ops.quantized_linear(x, weight, backend="native")
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 17, 40])
+def test_the_products_that_cuda_runs(tokens):
+    """PyTorch has them on the CPU too, only slowly."""
+    matrix, bias, x = torch.randn(24, 64), torch.randn(24), torch.randn(2, tokens, 64)
+    tiles = ops.quantize_weight(matrix)
+    plain = ops.QuantizedWeight(tiles.rows(), tiles.scales, None, (24, 64), torch.int8)
+    y = sys.modules["clipflow.ops.quantized_linear"]._cuda(x, plain, bias, None, torch.float32)
+    torch.testing.assert_close(y, ops.quantized_linear(x, plain, bias, backend="eager"))
 
 
 @pytest.mark.parametrize(
