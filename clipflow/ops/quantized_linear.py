@@ -280,6 +280,7 @@ def _cuda(
 
 
 _compiled_for = extension.native_devices("quantized_linear")
+_has_avx2 = extension.build_facts().get("instruction_set") != "baseline"
 
 
 def _refusal(
@@ -291,7 +292,9 @@ def _refusal(
     if x.is_cpu:
         if kind == FP8:
             return "has no float8 kernel for the CPU"
-        return None if "cpu" in _compiled_for else "has no compiled kernel for device 'cpu'"
+        if "cpu" not in _compiled_for:
+            return "has no compiled kernel for device 'cpu'"
+        return None if _has_avx2 else "is several times slower than eager without AVX2"
     if not x.is_cuda:
         return f"has no kernel for device {x.device.type!r}"
     if kind == FP8 and torch.cuda.get_device_capability(x.device) < (8, 9):
