@@ -1,5 +1,5 @@
-// What the norms of diffusion transformers share on CUDA: statistics, modulation, and gradients that
-// are summed over groups of rows.
+// What the norms of diffusion transformers share on CUDA: statistics, modulation, and gradients
+// that are summed over groups of rows.
 //
 //   y = norm(x) * weight * (1 + scale + table[1]) + shift + table[0]
 //
