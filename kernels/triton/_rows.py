@@ -3,8 +3,8 @@
 A tile is [ROWS, BLOCK_D]: whole rows in registers, zero where `inside` is false. All is float32.
 
 Modulation has S rows, each for the next `group` rows of x: gain = weight * (1 + scale + table[1])
-and offset = shift + table[0]. Where a backward sums over a group, it walks chunks of it, writes each
-chunk's sums, and `group_sum_kernel` adds the chunks up: a fixed order, no atomics.
+and offset = shift + table[0]. Where a backward sums over a group, it walks chunks of it, writes
+each chunk's sums, and `group_sum_kernel` adds the chunks up: a fixed order, no atomics.
 """
 
 import torch
@@ -114,7 +114,7 @@ def group_sum_kernel(
 
 
 def chunks_of(group: int, rows: int) -> tuple[int, int]:
-    """Rows that one backward program sums, in steps of `rows`, and how many such chunks a group has.
+    """Rows that one backward program sums, in steps of `rows`, and such chunks of a group.
 
     About 16 chunks a group, of 4 to 64 rows each, by the group's length alone: sums must not depend
     on the batch. 64 rows keep the partial sums' traffic under 5 %.

@@ -25,7 +25,7 @@ MOST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 @triton.jit
 def _round(x):
-    """The nearest integer, half to even, for |x| < 2**22: float32 has no fraction at 1.5 * 2**23."""
+    """The nearest integer, half to even, for |x| < 2**22: 1.5 * 2**23 leaves no fraction."""
     return (x + 12582912.0) - 12582912.0
 
 
