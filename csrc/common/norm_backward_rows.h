@@ -17,7 +17,11 @@ enum class NormKind { kNorm, kGated, kSandwich };
 template <NormKind kKind>
 constexpr int kSums = kKind == NormKind::kNorm ? 2 : 3;
 
-// Rows of scratch: the three sums over a chunk, and d_x of one token.
+// Tokens whose sums are added one by one, before they go to the sum over the chunk: short chains,
+// whose rounding error stays near that of a pairwise sum.
+constexpr int64_t kTokensPerSum = 32;
+
+// Rows of scratch: the three sums over some tokens, and what becomes d_x of one token.
 template <typename One>
 struct BackwardRows {
   One* d_offset;
@@ -48,6 +52,7 @@ CLIPFLOW_INLINE void backward_token(const NormBackward& a, int64_t token, int64_
     const Lanes dy = load_first(d_normed + d, count);
     const Lanes xhat = (load_first(h + d, count) - mean) * rstd;
     const Lanes g = dy * load_first(gain + d, count);
+    store(to.d_x + d, g);  // once, so that rows of one value have a gradient of exactly 0
     sum_g += keep_first(g, count);
     sum_g_xhat += keep_first(g * xhat, count);
     store(to.d_offset + d, load(to.d_offset + d) + dy);
@@ -62,8 +67,7 @@ CLIPFLOW_INLINE void backward_token(const NormBackward& a, int64_t token, int64_
   Lanes sum_product = {};
   for_lanes<Lanes>(channels, [&, mean = mean, rstd = rstd](int64_t d, int64_t count) {
     const Lanes xhat = (load_first(h + d, count) - mean) * rstd;
-    const Lanes g = load_first(d_normed + d, count) * load_first(gain + d, count);
-    Lanes d_hidden = (g - mean_g - xhat * mean_g_xhat) * rstd;
+    Lanes d_hidden = (load(to.d_x + d) - mean_g - xhat * mean_g_xhat) * rstd;
     if (kKind != NormKind::kNorm) d_hidden += load_first(d_h + d, count);
     store_first(d_x + d, d_hidden, count);
     if (kKind == NormKind::kSandwich || gated) {
@@ -92,17 +96,24 @@ void backward(const NormBackward& a, int64_t begin, int64_t end, void* scratch) 
   using Lanes = LanesOf<T>;
   const int64_t channels = a.shape.channels, row_size = padded(channels);
   One* const sums = static_cast<One*>(scratch);
+  One* const totals = sums + 4 * row_size;
   const BackwardRows<One> to = {sums, sums + row_size, sums + 2 * row_size, sums + 3 * row_size};
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t row = chunk / a.chunks, first = chunk % a.chunks * a.tokens_per_chunk;
     const int64_t left = a.shape.tokens - first;
     const int64_t count = left < a.tokens_per_chunk ? left : a.tokens_per_chunk;
-    for (int64_t d = 0; d < kSums<kKind> * row_size; ++d) sums[d] = 0;
-    for (int64_t token = row * a.shape.tokens + first, i = 0; i < count; ++i, ++token)
+    for (int64_t d = 0; d < 3 * row_size; ++d) sums[d] = totals[d] = 0;
+    for (int64_t token = row * a.shape.tokens + first, i = 0; i < count; ++i, ++token) {
       backward_token<T, kKind>(a, token, row, to);
+      if ((i + 1) % kTokensPerSum != 0 && i + 1 < count) continue;
+      for (int64_t d = 0; d < 3 * row_size; ++d) {
+        totals[d] += sums[d];
+        sums[d] = 0;
+      }
+    }
     for (int i = 0; i < kSums<kKind>; ++i) {
       if (a.sums[i] == nullptr) continue;
-      const One* from = sums + i * row_size;
+      const One* from = totals + i * row_size;
       One* whole = static_cast<One*>(a.sums[i]) + row * channels;
       One* part = a.partial ? static_cast<One*>(a.partial) + (chunk * 3 + i) * row_size : nullptr;
       for_lanes<Lanes>(channels, [&](int64_t d, int64_t count) {

@@ -24,7 +24,7 @@ struct NormShape {
   bool stream;  // whether outputs go past the caches
 };
 
-constexpr int64_t kScratchRows = 4;
+constexpr int64_t kScratchRows = 7;
 
 // Values of a row of scratch or of partial sums: whole registers of every instruction set.
 inline constexpr int64_t padded(int64_t channels) { return (channels + 15) / 16 * 16; }
