@@ -2,12 +2,14 @@
 
 # Shape suffixes: B = batch, N = image tokens, L = condition tokens, H = heads, D = channels.
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from clipflow import ops
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention with biased projections and a key mask.
+    """Multi-head attention with biased projections.
 
     Args:
         channels: D, the width of the image tokens and of the condition tokens.
@@ -24,20 +26,37 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(channels, inner)
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
 
-    def forward(self, tokens: Tensor, condition: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, condition: Tensor, key_lengths: Tensor | None = None
+    ) -> Tensor:
         """Attend from `tokens` [B, N, D] to `condition` [B, L, D].
 
         Args:
-            mask: [B, L] bool, True where a condition token is real; None when all are.
+            key_lengths: [B] integers, how many of the first condition tokens are real; None when
+                all are.
 
         Returns:
             [B, N, D], dtype of `tokens`.
         """
         q = self._heads(self.to_q(tokens))
         k, v = self._heads(self.to_k(condition)), self._heads(self.to_v(condition))
-        bias = None if mask is None else mask[:, None, None, :]
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.to_out[0](mixed.transpose(1, 2).flatten(2))
+        mixed = ops.dit_attention(q, k, v, key_lengths=key_lengths)
+        return self.to_out[0](mixed.flatten(2))
 
     def _heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return tokens.unflatten(-1, (self.heads, -1))
+
+
+def real_tokens_first(condition: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the real tokens of `condition` [B, L, D] to the front, as their number is all we keep.
+
+    Attention sums over condition tokens without regard to their order.
+
+    Args:
+        mask: [B, L] bool, True where a token is real, e.g. left-padded prompts.
+
+    Returns:
+        (condition in that order, number of real tokens [B] int64).
+    """
+    order = mask.logical_not().to(torch.int8).argsort(dim=1, stable=True)
+    return condition.gather(1, order[..., None].expand_as(condition)), mask.sum(dim=1)

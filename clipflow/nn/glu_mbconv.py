@@ -10,6 +10,8 @@ Source: Xie et al., "SANA" (2024), section 2.2 (Mix-FFN).
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clipflow import ops
+
 
 class GLUMBConv(nn.Module):
     """Feed-forward block that also mixes each token with its eight neighbors.
@@ -32,7 +34,5 @@ class GLUMBConv(nn.Module):
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Apply the block to `tokens` [B, h*w, D] lying row-major on `grid` = (h, w)."""
         x = F.linear(tokens, self.conv_inverted.weight.flatten(1), self.conv_inverted.bias)
-        x = F.silu(x).unflatten(1, grid).permute(0, 3, 1, 2)
-        x = self.conv_depth(x).permute(0, 2, 3, 1).flatten(1, 2)
-        value, gate = x.chunk(2, dim=-1)
-        return F.linear(value * F.silu(gate), self.conv_point.weight.flatten(1))
+        x = ops.glu_conv(x, self.conv_depth.weight, self.conv_depth.bias, grid, pre_silu=True)
+        return F.linear(x, self.conv_point.weight.flatten(1))

@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clipflow.modulation import (
-    check_modulation,
-    check_tokens,
+    check_call,
     check_vector,
     gain,
     modulated_norm,
@@ -67,8 +66,7 @@ def adaln_norm(
         ValueError: there is no such norm.
         BackendUnavailable: the named backend cannot run this call.
     """
-    check_tokens("adaln_norm", x, norm)
-    check_modulation("adaln_norm", x, scale, shift=shift)
+    check_call("adaln_norm", x, scale, shift, norm=norm)
     if weight is not None:
         check_vector("adaln_norm", "weight", weight, x)
     if table is not None:

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from clipflow.modulation import (
-    check_modulation,
-    check_tokens,
+    check_call,
     check_vector,
     modulated_norm,
     rows,
@@ -72,8 +71,7 @@ def adaln_norm_quant(
         ValueError: there is no such norm.
         BackendUnavailable: the named backend cannot run this call.
     """
-    check_tokens("adaln_norm_quant", x, norm)
-    check_modulation("adaln_norm_quant", x, scale, shift=shift)
+    check_call("adaln_norm_quant", x, scale, shift, norm=norm)
     if weight is not None:
         check_vector("adaln_norm_quant", "weight", weight, x)
     if table is not None:

@@ -20,9 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clipflow.modulation import (
-    check_modulation,
-    check_same,
-    check_tokens,
+    check_call,
     check_vector,
     gain,
     modulated_norm,
@@ -74,9 +72,7 @@ def gated_residual_norm(
         ValueError: there is no such norm, or a `gate_table` without a `gate`.
         BackendUnavailable: the named backend cannot run this call.
     """
-    check_tokens("gated_residual_norm", x, norm)
-    check_same("gated_residual_norm", "y", y, x)
-    check_modulation("gated_residual_norm", x, scale, shift=shift, gate=gate)
+    check_call("gated_residual_norm", x, scale, shift, gate, y, norm=norm)
     if gate_table is not None:
         check_vector("gated_residual_norm", "gate_table", gate_table, x)
         if gate is None:

@@ -75,10 +75,20 @@ def qk_norm_rope(
         ValueError: there is no such norm, or weights or biases without one.
         BackendUnavailable: the named backend cannot run this call.
     """
-    _check(q, k, norm)
-    group = k_group = q.shape[3]
-    if across_heads:
-        group, k_group = group * q.shape[2], group * k.shape[2]
+    if q.ndim != 4 or k.ndim != 4:
+        check_dims("qk_norm_rope", "q", q, "[B, L, H, K]")
+        check_dims("qk_norm_rope", "k", k, "[B, S, Hk, K]")
+    B, L, H, K = q.shape
+    k_B, S, Hk, k_K = k.shape
+    if k_B != B or k_K != K:
+        check_shape("qk_norm_rope", "k", k, (B, S, Hk, K))
+    if K % 2 or not K:
+        raise ShapeError(f"qk_norm_rope: q must be [B, L, H, K] with K even, got {list(q.shape)}")
+    check_floating("qk_norm_rope", "q", q)
+    check_like("qk_norm_rope", "k", k, "q", q)
+    if norm not in NORMS:
+        raise ValueError(f"qk_norm_rope: norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    group, k_group = (H * K, Hk * K) if across_heads else (K, K)
     if q_weight is not None:
         _check_parameter("q_weight", q_weight, group, norm, q)
     if k_weight is not None:
@@ -87,8 +97,9 @@ def qk_norm_rope(
         _check_parameter("q_bias", q_bias, group, norm, q)
     if k_bias is not None:
         _check_parameter("k_bias", k_bias, k_group, norm, q)
-    q_cos, q_sin = (None, None) if q_rope is None else _tables("q_rope", q_rope, q)
-    k_cos, k_sin = (None, None) if k_rope is None else _tables("k_rope", k_rope, k)
+    q_cos, q_sin = (None, None) if q_rope is None else _tables("q_rope", q_rope, L, K // 2, q)
+    k_cos, k_sin = (None, None) if k_rope is None else _tables("k_rope", k_rope, S, K // 2, q)
+
     affine = (q_weight, k_weight, q_bias, k_bias)
     name = OP.select(q, backend)
     if name == "eager":
@@ -99,21 +110,6 @@ def qk_norm_rope(
     return OP.backends[name].forward(q, k, *affine, *options)
 
 
-def _check(q: Tensor, k: Tensor, norm: str) -> None:
-    check_dims("qk_norm_rope", "q", q, "[B, L, H, K]")
-    check_floating("qk_norm_rope", "q", q)
-    check_dims("qk_norm_rope", "k", k, "[B, S, Hk, K]")
-    check_like("qk_norm_rope", "k", k, "q", q)
-    B, _, _, K = q.shape
-    k_B, S, Hk, k_K = k.shape
-    if k_B != B or k_K != K:
-        check_shape("qk_norm_rope", "k", k, (B, S, Hk, K))
-    if K % 2 or not K:
-        raise ShapeError(f"qk_norm_rope: q must be [B, L, H, K] with K even, got {list(q.shape)}")
-    if norm not in NORMS:
-        raise ValueError(f"qk_norm_rope: norm must be one of {', '.join(NORMS)}, got {norm!r}")
-
-
 def _check_parameter(name: str, parameter: Tensor, group: int, norm: str, q: Tensor) -> None:
     if norm == "none":
         raise ValueError(f"qk_norm_rope: {name} must be None with norm 'none', got a tensor")
@@ -121,15 +117,18 @@ def _check_parameter(name: str, parameter: Tensor, group: int, norm: str, q: Ten
     check_like("qk_norm_rope", name, parameter, "q", q)
 
 
-def _tables(name: str, rope: Rope, x: Tensor) -> Rope:
+def _tables(name: str, rope: Rope, tokens: int, pairs: int, q: Tensor) -> Rope:
     """`rope` as the kernels want it: checked, contiguous, and without a gradient."""
     cos, sin = rope
-    wanted = (x.shape[1], x.shape[3] // 2)
-    for part, table in (("cos", cos), ("sin", sin)):
-        check_shape("qk_norm_rope", f"{name} {part}", table, wanted)
-        if table.dtype is not torch.float32 or table.device != x.device:
+    wanted, device = (tokens, pairs), q.device
+    for table in rope:
+        if table.shape != wanted:
+            part = "cos" if table is cos else "sin"
+            check_shape("qk_norm_rope", f"{name} {part}", table, wanted)
+        if table.dtype is not torch.float32 or table.device != device:
+            part = "cos" if table is cos else "sin"
             raise TypeError(
-                f"qk_norm_rope: {name} {part} must be torch.float32 on {x.device}, "
+                f"qk_norm_rope: {name} {part} must be torch.float32 on {device}, "
                 f"got {table.dtype} on {table.device}"
             )
     if cos.requires_grad or sin.requires_grad:
@@ -249,14 +248,18 @@ def _plain_backward(
         wide_x = wide_x - wide_x.mean(-1, keepdim=True)
     rstd = (wide_x.square().mean(-1, keepdim=True) + eps).rsqrt()
     xhat = wide_x * rstd
-    rows = tuple(range(d_normed.ndim - 1))
-    d_weight = None if weight is None else (d_normed * xhat).sum(rows).to(x.dtype)
-    d_bias = None if bias is None else d_normed.sum(rows).to(x.dtype)
+    d_weight = None if weight is None else _total(d_normed * xhat).to(x.dtype)
+    d_bias = None if bias is None else _total(d_normed).to(x.dtype)
     g = d_normed if weight is None else d_normed * weight.to(wide)
     d_x = g - xhat * (g * xhat).mean(-1, keepdim=True)
     if NORMS[norm] == "layer":
         d_x = d_x - g.mean(-1, keepdim=True)
     return (d_x * rstd).view(x.shape).to(x.dtype), d_weight, d_bias
+
+
+def _total(x: Tensor) -> Tensor:
+    """Sum over all but the last dimension; in float64, as its terms may cancel each other."""
+    return x.flatten(0, -2).sum(0, dtype=torch.float64)
 
 
 def _triton(q, k, q_weight, k_weight, q_bias, k_bias, *rest) -> tuple[Tensor, Tensor]:

@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clipflow.errors import check_like, check_shape
+from clipflow.errors import check_shape
 from clipflow.modulation import (
-    check_same,
-    check_tokens,
+    check_call,
     check_vector,
     gain,
     modulated_norm,
@@ -69,13 +68,9 @@ def sandwich_residual_norm(
         TypeError: a dtype or device is not one of the above.
         BackendUnavailable: the named backend cannot run this call.
     """
-    check_tokens("sandwich_residual_norm", x)
-    check_same("sandwich_residual_norm", "y", y, x)
-    form = (x.shape[0], x.shape[-1])
-    check_shape("sandwich_residual_norm", "gate", gate, form)
-    check_like("sandwich_residual_norm", "gate", gate, "x", x)
-    check_shape("sandwich_residual_norm", "scale", scale, form)
-    check_like("sandwich_residual_norm", "scale", scale, "x", x)
+    if scale.ndim != 2:
+        check_shape("sandwich_residual_norm", "scale", scale, (x.shape[0], x.shape[-1]))
+    check_call("sandwich_residual_norm", x, scale, None, gate, y)
     if weight is not None:
         check_vector("sandwich_residual_norm", "weight", weight, x)
     if next_weight is not None:

@@ -12,6 +12,26 @@
 
 namespace clipflow {
 
+// As torch::stable::new_empty, which looks up the op by its name: 0.8 us a tensor. The dtype is one
+// of aoti_torch_dtype_...().
+inline Tensor new_on(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                     int32_t dtype) {
+  int32_t layout = 0, device = 0, index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(x.get(), &layout));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
+      x.get(), sizes.data(), sizes.size(), &dtype, &layout, &device, index, nullptr, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor new_like(const Tensor& x) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return new_on(x, x.sizes(), dtype);
+}
+
 // Outputs of so many bytes go past the caches.
 constexpr int64_t kStreamedBytes = 16 << 20;
 

@@ -211,8 +211,8 @@ __device__ __forceinline__ float row_sum(const Row& row, TeamSums& sums, F f) {
   return row_sums(row, sums, [&](Place at) { return float2{f(at), 0.f}; }).x;
 }
 
-// Calls the kernel of `call` that fits rows of `channels` elements of T: rows<N, V>() for V packs
-// of N held by a thread, or long_rows(). A thread holds Call::kHeld channels at most in packs, and
+// Calls the kernel of `call` for rows of `channels` elements of T: rows<N, V>() for V packs of
+// N held by a thread, or long_rows(). A thread holds Call::kHeld channels at most in packs, or
 // Call::kScalars where it loads them one by one.
 template <typename T, typename Call>
 void launch_rows(const Call& call, int64_t channels, bool aligned) {

@@ -20,7 +20,7 @@ Tensor adaln_norm_cpu(const Tensor& x, const std::optional<Tensor>& shift, const
   const auto forward = rows().forward[dtype_index("adaln_norm", x)];
   AdaLNForward call = {};
   call.modulation = modulation_of("adaln_norm", x, shift, scale, weight, table);
-  Tensor y = torch::stable::new_empty(x, x.sizes());
+  Tensor y = new_like(x);
   if (x.numel() == 0) return y;
   call.x = x.const_data_ptr();
   call.y = y.mutable_data_ptr();
@@ -38,9 +38,9 @@ std::tuple<Tensor, Tensor, Tensor> adaln_norm_backward_cpu(const Tensor& grad, c
   check_tokens("adaln_norm_backward", "grad", x, grad);
   check_gain("adaln_norm_backward", "gain", x, gain);
   const int64_t dtype = dtype_index("adaln_norm_backward", x);
-  Tensor d_x = torch::stable::new_empty(x, x.sizes());
-  Tensor d_offset = torch::stable::new_empty(gain, gain.sizes());
-  Tensor d_gain = torch::stable::new_empty(gain, gain.sizes());
+  Tensor d_x = new_like(x);
+  Tensor d_offset = new_like(gain);
+  Tensor d_gain = new_like(gain);
   if (x.numel() == 0) {
     torch::stable::zero_(d_offset);
     torch::stable::zero_(d_gain);

@@ -27,8 +27,8 @@ std::tuple<Tensor, Tensor> adaln_norm_quant_cpu(const Tensor& x, const std::opti
   AdaLNQuant call = {};
   call.modulation = modulation_of(kOp, x, shift, scale, weight, table);
   const auto sizes = x.sizes();
-  Tensor values = torch::stable::new_empty(x, sizes, ScalarType::Char);
-  Tensor scales = torch::stable::new_empty(x, {sizes.data(), sizes.size() - 1}, ScalarType::Float);
+  Tensor values = new_on(x, sizes, aoti_torch_dtype_int8());
+  Tensor scales = new_on(x, {sizes.data(), sizes.size() - 1}, aoti_torch_dtype_float32());
   if (x.numel() == 0) return {values, scales};
   call.x = x.const_data_ptr();
   call.values = static_cast<int8_t*>(values.mutable_data_ptr());

@@ -17,7 +17,7 @@ namespace {
 const ClipNormalizeRows& rows() { return CLIPFLOW_CHOOSE(clip_normalize_rows); }
 
 // Outputs of more bytes than this are streamed: they would push everything else out of the caches.
-constexpr int64_t kStreamedBytes = int64_t{16} << 20;
+constexpr int64_t kStreamedBytes = int64_t{8} << 20;
 
 using Rows = void (*)(const ClipNormalize&, int64_t, int64_t, void*);
 

@@ -30,8 +30,8 @@ std::tuple<Tensor, Tensor> gated_residual_norm_cpu(const Tensor& x, const Tensor
   call.modulation = modulation_of(kOp, x, shift, scale, std::nullopt, table);
   call.gate = rows_of(kOp, "gate", x, gate, samples, &call.gate_stride);
   call.gate_table = vector_of(kOp, "gate_table", x, gate_table);
-  Tensor h = torch::stable::new_empty(x, x.sizes());
-  Tensor normed = torch::stable::new_empty(x, x.sizes());
+  Tensor h = new_like(x);
+  Tensor normed = new_like(x);
   if (x.numel() == 0) return {h, normed};
   call.x = x.const_data_ptr();
   call.y = y.const_data_ptr();
@@ -60,12 +60,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward_
     STD_TORCH_CHECK(gate->size(0) == gain.size(0), kOp, ": gate must have the shape of gain");
   }
   const int64_t dtype = dtype_index(kOp, h);
-  Tensor d_x = torch::stable::new_empty(h, h.sizes());
-  Tensor d_offset = torch::stable::new_empty(gain, gain.sizes());
-  Tensor d_gain = torch::stable::new_empty(gain, gain.sizes());
-  Tensor d_y = gated ? torch::stable::new_empty(h, h.sizes()) : torch::stable::new_empty(h, {0});
+  Tensor d_x = new_like(h);
+  Tensor d_offset = new_like(gain);
+  Tensor d_gain = new_like(gain);
+  Tensor d_y = gated ? new_like(h) : torch::stable::new_empty(h, {0});
   Tensor d_gate =
-      gated ? torch::stable::new_empty(gain, gain.sizes()) : torch::stable::new_empty(gain, {0});
+      gated ? new_like(gain) : torch::stable::new_empty(gain, {0});
   if (h.numel() == 0) {
     for (Tensor* sum : {&d_offset, &d_gain, &d_gate}) torch::stable::zero_(*sum);
     return {d_x, d_y, d_gate, d_offset, d_gain};

@@ -51,7 +51,8 @@ void forward_tokens(const GatedResidualForward& a, int64_t begin, int64_t end, v
           return value;
         });
         const One mean = a.shape.rms ? 0 : sum / channels;
-        const auto moment = moments_about(kept, channels, a.shape.eps, mean, x + channels, y + channels);
+        const auto moment =
+            moments_about(kept, channels, a.shape.eps, mean, x + channels, y + channels);
         modulate<kStream>(kept, moment, rows, normed, channels);
       });
   if (kStream) stream_end();

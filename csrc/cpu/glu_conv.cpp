@@ -10,11 +10,20 @@
 namespace clipflow {
 namespace {
 
+// Larger outputs are not found in the caches by who reads them.
+constexpr int64_t kStreamedBytes = 8 << 20;
+
+bool whole_lines(const Tensor& y) {
+  const auto address = reinterpret_cast<uintptr_t>(y.const_data_ptr());
+  return (address | y.size(2) * y.element_size()) % 64 == 0;
+}
+
 int64_t tiles(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-void check_channels(const char* name, const Tensor& x, const Tensor& tensor, int64_t values) {
+void check_channels(const char* name, const Tensor& x, const Tensor& tensor,
+                    int64_t values) {
   STD_TORCH_CHECK(tensor.is_contiguous() && tensor.numel() == x.size(2) * values,
-                  "glu_conv: ", name, " must be contiguous with ", values, " values a channel of x");
+                  "glu_conv: ", name, " must be contiguous, ", values, " values a channel of x");
   STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type() && tensor.is_cpu() == x.is_cpu(),
                   "glu_conv: ", name, " must have the dtype and device of x");
 }
@@ -27,7 +36,8 @@ Tensor glu_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, i
   STD_TORCH_CHECK(x.numel() == 0 || x.stride(2) == 1, "glu_conv: x must have contiguous channels");
   check_channels("weight", x, weight, 9);
   check_channels("bias", x, bias, 1);
-  const auto forward = CLIPFLOW_CHOOSE(glu_conv_rows).forward[dtype_index("glu_conv", x)];
+  const auto forward =
+      CLIPFLOW_CHOOSE(glu_conv_rows).forward[dtype_index("glu_conv", x)];
   const int64_t channels = x.size(2) / 2;
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), channels});
   if (y.numel() == 0) return y;
@@ -45,10 +55,12 @@ Tensor glu_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, i
       .token_stride = x.stride(1),
       .row_tiles = tiles(height, kTileRows),
       .column_tiles = tiles(width, kTileColumns),
+      .channel_tiles = tiles(channels, kTileChannels),
       .pre_silu = pre_silu,
+      .stream = y.numel() * y.element_size() >= kStreamedBytes && whole_lines(y),
   };
   const int64_t count =
-      tiles(channels, kTileChannels) * call.samples * call.row_tiles * call.column_tiles;
+      call.samples * call.row_tiles * call.column_tiles * call.channel_tiles;
   for_items(count, 2 * (y.numel() / count),
             [&](int64_t begin, int64_t end) { forward(call, begin, end); });
   return y;

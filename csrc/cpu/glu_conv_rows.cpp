@@ -11,13 +11,33 @@
 
 #include "common/exp.h"
 #include "common/lanes.h"
+#include "common/stream.h"
 
 namespace clipflow {
 namespace {
 
-template <typename V>
-CLIPFLOW_INLINE V silu(V x) {
-  return x / (1 + exponential(-x));
+// SiLU, in place. `values` is the start of a buffer that has room for whole registers.
+template <typename Lanes, typename One>
+CLIPFLOW_INLINE void silu(One* values, int64_t count) {
+  constexpr int64_t kGroup = 16;
+  Power<Lanes> powers[kGroup];
+  for (int64_t first = 0; first < count; first += kGroup * kLanes<Lanes>) {
+    One* group = values + first;
+    const int64_t left = (count - first + kLanes<Lanes> - 1) / kLanes<Lanes>;
+    const int64_t size = left < kGroup ? left : kGroup;
+    for (int64_t i = 0; i < size; ++i) powers[i] = power_of(-load(group + i * kLanes<Lanes>));
+    for (int64_t i = 0; i < size; ++i) {
+      One* at = group + i * kLanes<Lanes>;
+      store(at, load(at) / (1 + exponential(powers[i])));
+    }
+  }
+}
+
+// SiLU of the `channels` first values of each of `columns` rows of a tile, in place.
+template <typename Lanes, typename One>
+CLIPFLOW_INLINE void silu_rows(One (*rows)[kTileChannels], int64_t columns, int64_t channels) {
+  if (channels == kTileChannels) return silu<Lanes>(rows[0], columns * kTileChannels);
+  for (int64_t column = 0; column < columns; ++column) silu<Lanes>(rows[column], channels);
 }
 
 // A tile's weights and rows of values, one half of the channels.
@@ -44,12 +64,12 @@ CLIPFLOW_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 CLIPFLOW_INLINE Tile tile_at(const GluConv& a, int64_t index) {
   Tile tile;
+  tile.channel_tile = index % a.channel_tiles;
+  index /= a.channel_tiles;
   const int64_t column_tile = index % a.column_tiles;
   index /= a.column_tiles;
   tile.first_row = index % a.row_tiles * kTileRows;
-  index /= a.row_tiles;
-  tile.sample = index % a.samples;
-  tile.channel_tile = index / a.samples;
+  tile.sample = index / a.row_tiles;
   tile.channel = tile.channel_tile * kTileChannels;
   tile.channels = least(a.channels - tile.channel, kTileChannels);
   tile.last_row = least(tile.first_row + kTileRows, a.height);
@@ -84,27 +104,30 @@ template <typename T, bool kPreSilu, typename One>
 CLIPFLOW_INLINE void take_row(const GluConv& a, const Tile& tile, int64_t row,
                               Workspace<One>& work) {
   using Lanes = typename Wide<T>::Lanes;
+  constexpr int64_t kLine = 64 / sizeof(T);
   const T* x = static_cast<const T*>(a.x) + tile.sample * a.sample_stride + tile.channel;
+  // The row that the tile needs next; 1.1x at the sizes of SANA.
   const bool prefetch = row + 1 < a.height && row < tile.last_row;
   for (int64_t column = tile.first_input; column < tile.last_input; ++column) {
     const T* token = x + (row * a.width + column) * a.token_stride;
-    const T* below = token + a.width * a.token_stride;
     for (int64_t half = 0; half < 2; ++half) {
       const T* from = token + half * a.channels;
       if (prefetch)
-        for (int64_t d = 0; d < kTileChannels; d += 64 / static_cast<int64_t>(sizeof(T)))
-          __builtin_prefetch(below + half * a.channels + d);
+        for (int64_t d = 0; d < kTileChannels; d += kLine)
+          __builtin_prefetch(from + a.width * a.token_stride + d, 0, 2);
       One* to = work.halves[half].inputs[row % 3][column - tile.first_input];
       for_lanes<Lanes>(tile.channels, [&](int64_t d, int64_t count) {
-        const Lanes value = load_first(from + d, count);
-        store(to + d, kPreSilu ? silu(value) : value);
+        store(to + d, load_first(from + d, count));
       });
     }
   }
+  if (kPreSilu)
+    for (Half<One>& half : work.halves)
+      silu_rows<Lanes>(half.inputs[row % 3], tile.last_input - tile.first_input, tile.channels);
 }
 
-// The convolution of one row of outputs, in the channels [d, d + lanes) of the tile. `above` and
-// `below` are null where kAbove and kBelow are false: at the edges of the grid.
+// The convolution of one row of outputs, in the channels [d, d + lanes) of the tile; kAbove and
+// kBelow say whether the grid has a row there.
 template <typename Lanes, bool kAbove, bool kBelow, typename One>
 CLIPFLOW_INLINE void walk(const Tile& tile, Half<One>& half, int64_t row, int64_t d) {
   const One* above = half.inputs[(row + 2) % 3][0] + d;
@@ -114,29 +137,37 @@ CLIPFLOW_INLINE void walk(const Tile& tile, Half<One>& half, int64_t row, int64_
   Lanes taps[9];
   for (int64_t tap = 0; tap < 9; ++tap) taps[tap] = load(half.taps[tap] + d);
   const Lanes bias = load(half.bias + d);
-  // `sum` plus the column of inputs at `at`, weighted by the column `tap` of the kernel.
-  const auto add = [&](Lanes sum, int64_t at, int64_t tap) __attribute__((always_inline)) {
-    if (kAbove) sum += taps[tap] * load(above + at);
-    sum += taps[3 + tap] * load(middle + at);
-    if (kBelow) sum += taps[6 + tap] * load(below + at);
+  Lanes inputs[3];  // the column of inputs at `at`
+  const auto take = [&](int64_t at) __attribute__((always_inline)) {
+    if (kAbove) inputs[0] = load(above + at);
+    inputs[1] = load(middle + at);
+    if (kBelow) inputs[2] = load(below + at);
+  };
+  // `sum` plus that column, weighted by column `tap` of the kernel.
+  const auto add = [&](Lanes sum, int64_t tap) __attribute__((always_inline)) {
+    if (kAbove) sum += taps[tap] * inputs[0];
+    sum += taps[3 + tap] * inputs[1];
+    if (kBelow) sum += taps[6 + tap] * inputs[2];
     return sum;
   };
 
   int64_t at = 0;
   Lanes current = bias;
   if (tile.first_input < tile.first_column) {
-    current = add(current, at, 0);
+    take(at);
+    current = add(bias, 0);
     at += kTileChannels;
   }
-  Lanes next = add(bias, at, 0);
-  current = add(current, at, 1);
-  at += kTileChannels;
-  const int64_t inputs = tile.last_input - tile.first_column;
-  for (int64_t column = 1; column < inputs; ++column) {
-    store(to, add(current, at, 2));
-    current = add(next, at, 1);
-    next = add(bias, at, 0);
+  take(at);
+  Lanes next = add(bias, 0);
+  current = add(current, 1);
+  const int64_t columns = tile.last_input - tile.first_column;
+  for (int64_t column = 1; column < columns; ++column) {
     at += kTileChannels;
+    take(at);
+    store(to, add(current, 2));
+    current = add(next, 1);
+    next = add(bias, 0);
     to += kTileChannels;
   }
   if (tile.last_input == tile.last_column) store(to, current);
@@ -160,15 +191,21 @@ CLIPFLOW_INLINE void convolve_row(const GluConv& a, const Tile& tile, int64_t ro
 
 template <typename T, typename One>
 CLIPFLOW_INLINE void gate_row(const GluConv& a, const Tile& tile, int64_t row,
-                              const Workspace<One>& work) {
+                              Workspace<One>& work) {
   using Lanes = typename Wide<T>::Lanes;
+  const int64_t columns = tile.last_column - tile.first_column;
+  silu_rows<Lanes>(work.halves[1].outputs, columns, tile.channels);
   const int64_t token = (tile.sample * a.height + row) * a.width + tile.first_column;
   T* y = static_cast<T*>(a.y) + token * a.channels + tile.channel;
-  for (int64_t column = 0; column < tile.last_column - tile.first_column; ++column) {
+  for (int64_t column = 0; column < columns; ++column) {
     const One* value = work.halves[0].outputs[column];
     const One* gate = work.halves[1].outputs[column];
     for_lanes<Lanes>(tile.channels, [&](int64_t d, int64_t count) {
-      store_first(y + d, load(value + d) * silu(load(gate + d)), count);
+      const Lanes product = load(value + d) * load(gate + d);
+      if (a.stream && count == kLanes<Lanes>)
+        stream(y + d, product);
+      else
+        store_first(y + d, product, count);
     });
     y += a.channels;
   }
@@ -196,6 +233,7 @@ CLIPFLOW_INLINE void forward_tiles(const GluConv& a, int64_t begin, int64_t end)
       gate_row<T>(a, tile, row, work);
     }
   }
+  if (a.stream) stream_end();
 }
 
 template <typename T>

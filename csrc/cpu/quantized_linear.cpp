@@ -83,10 +83,10 @@ Tensor quantized_linear_cpu(const Tensor& x, const std::optional<Tensor>& x_scal
   Tensor y = torch::stable::new_empty(x, shape, kDtypes[dtype]);
   if (y.numel() == 0) return y;
 
-  const int64_t M = x.numel() / K, groups = weight.size(1);
+  const int64_t M = x.numel() / K, panels = weight.size(0), groups = weight.size(1);
   const int64_t row_bytes =
-      (static_cast<int64_t>(sizeof(PreparedRow)) +
-       groups * (kPreparedGroup + kRemainderBytes) + 63) / 64 * 64;
+      (static_cast<int64_t>(sizeof(PreparedRow)) + groups * kPreparedGroup +
+       most_remainders(groups) * kRemainderBytes + 63) / 64 * 64;
   const int64_t block =
       std::min(M, even_share(M, std::max<int64_t>(1, kPreparedBytes / row_bytes)));
   const std::unique_ptr<uint8_t[]> prepared(new uint8_t[block * row_bytes]);
@@ -102,16 +102,20 @@ Tensor quantized_linear_cpu(const Tensor& x, const std::optional<Tensor>& x_scal
       .K = K,
       .N = N,
       .groups = groups,
+      .panels = panels,
       .first = 0,
       .rows = 0,
       .row_bytes = row_bytes,
+      .block_rows = 0,
       .dot_products = has_dot_products(),
   };
   for (; call.first < M; call.first += block) {
     call.rows = std::min(block, M - call.first);
     for_items(call.rows, K,
               [&](int64_t begin, int64_t end) { rows().prepare[input](call, begin, end); });
-    for_items(weight.size(0), call.rows * groups * kGroup,
+    call.block_rows = even_share(call.rows, kBlockRows);
+    const int64_t blocks = (call.rows + call.block_rows - 1) / call.block_rows;
+    for_items(blocks * panels, call.block_rows * groups * kGroup,
               [&](int64_t begin, int64_t end) { rows().multiply[dtype](call, begin, end); });
   }
   return y;

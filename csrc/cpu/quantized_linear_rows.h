@@ -12,8 +12,12 @@ namespace clipflow {
 constexpr int64_t kPanel = 16;            // output channels that are computed together
 constexpr int64_t kGroup = 16;            // input channels that are summed in 16 bits: four fours
 constexpr int64_t kTileRows = 8;          // rows that a weight in registers is multiplied by
+constexpr int64_t kBlockRows = 64;        // rows whose prepared form stays in the L2 cache
 constexpr int64_t kPreparedGroup = 20;    // 16 int8 values, and what their sums start from
 constexpr int64_t kRemainderBytes = 8;    // a remainder: which four, and its 4 values
+
+// Remainders of a row beyond which it is faster without.
+static inline int64_t most_remainders(int64_t groups) { return (groups + 1) / 2; }
 
 // `count` rows in shares of at most `most`, as even as whole tiles allow.
 static inline int64_t even_share(int64_t count, int64_t most) {
@@ -39,15 +43,16 @@ struct QuantizedLinear {
   const float* bias;        // [N], or null
   void* y;                  // [M, N]
   uint8_t* prepared;        // the rows [first, first + rows), row_bytes each
-  int64_t K, N, groups;
+  int64_t K, N, groups, panels;
   int64_t first, rows, row_bytes;
+  int64_t block_rows;       // at most kBlockRows
   bool dot_products;        // use the instructions for sums of four int8 products (VNNI)
 };
 
 struct QuantizedLinearRows {
   // Rows [begin, end) of `rows`, by the dtype of x: dtype_index, with int8 in the place of float64.
   void (*prepare[4])(const QuantizedLinear&, int64_t begin, int64_t end);
-  // y of all `rows` and of the panels [begin, end), by dtype_index of y.
+  // y of the items [begin, end): blocks of block_rows, `panels` items each; by dtype_index of y.
   void (*multiply[3])(const QuantizedLinear&, int64_t begin, int64_t end);
 };
 

@@ -28,8 +28,8 @@ std::tuple<Tensor, Tensor> sandwich_residual_norm_cpu(const Tensor& x, const Ten
   call.modulation = modulation_of(kOp, x, std::nullopt, scale, next_weight, std::nullopt);
   call.gate = rows_of(kOp, "gate", x, gate, samples, &call.gate_stride);
   call.weight = vector_of(kOp, "weight", x, weight);
-  Tensor h = torch::stable::new_empty(x, x.sizes());
-  Tensor normed = torch::stable::new_empty(x, x.sizes());
+  Tensor h = new_like(x);
+  Tensor normed = new_like(x);
   if (x.numel() == 0) return {h, normed};
   call.x = x.const_data_ptr();
   call.y = y.const_data_ptr();
@@ -54,10 +54,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_residual_norm_backward_cpu(
   check_gain(kOp, "gate", h, gate);
   STD_TORCH_CHECK(gate.size(0) == gain.size(0), kOp, ": gate must have the shape of gain");
   const int64_t dtype = dtype_index(kOp, h);
-  Tensor d_x = torch::stable::new_empty(h, h.sizes());
-  Tensor d_y = torch::stable::new_empty(h, h.sizes());
-  Tensor d_gate = torch::stable::new_empty(gain, gain.sizes());
-  Tensor d_gain = torch::stable::new_empty(gain, gain.sizes());
+  Tensor d_x = new_like(h);
+  Tensor d_y = new_like(h);
+  Tensor d_gate = new_like(gain);
+  Tensor d_gain = new_like(gain);
   if (h.numel() == 0) {
     for (Tensor* sum : {&d_gate, &d_gain}) torch::stable::zero_(*sum);
     return {d_x, d_y, d_gate, d_gain};

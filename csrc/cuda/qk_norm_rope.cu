@@ -120,33 +120,54 @@ __device__ inline void read(const T* from, bool real, float* values) {
   }
 }
 
+// M values of a table, in words as wide as M allows.
+template <int M>
+__device__ inline void read_angles(const float* from, float* values) {
+  if constexpr (M % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < M; i += 4)
+      *reinterpret_cast<float4*>(values + i) = __ldg(reinterpret_cast<const float4*>(from + i));
+  } else if constexpr (M == 2) {
+    *reinterpret_cast<float2*>(values) = __ldg(reinterpret_cast<const float2*>(from));
+  } else {
+    values[0] = __ldg(from);
+  }
+}
+
+__device__ inline void turn_pair(float c, float s, float& i, float& j) {
+  const float first = i, second = j;
+  i = first * c - second * s;
+  j = second * c + first * s;
+}
+
+// Turns the neighbors of one pack.
+template <int N>
+__device__ inline void turn_neighbors(const float* cos, const float* sin, float* values) {
+  alignas(16) float c[N / 2], s[N / 2];
+  read_angles<N / 2>(cos, c);
+  read_angles<N / 2>(sin, s);
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) turn_pair(c[i], s[i], values[2 * i], values[2 * i + 1]);
+}
+
 // Turns the pairs of a thread's two packs. Neighbors lie in one pack; in halves, element i of the
 // one goes with element i of the other, as it does where a pack is one element.
 template <int N>
 __device__ inline void turn(const Call& call, const float* cos, const float* sin, int pair,
                             float* first, float* second) {
-  if (N > 1 && call.interleaved) {
-    const int half = call.width / 4;  // pairs in half a head
-#pragma unroll
-    for (int i = 0; i + 1 < N; i += 2) {
-      const float c = __ldg(cos + (pair + i) / 2), s = __ldg(sin + (pair + i) / 2);
-      const float a = first[i], b = first[i + 1];
-      first[i] = a * c - b * s;
-      first[i + 1] = b * c + a * s;
-      const float c2 = __ldg(cos + half + (pair + i) / 2), s2 = __ldg(sin + half + (pair + i) / 2);
-      const float a2 = second[i], b2 = second[i + 1];
-      second[i] = a2 * c2 - b2 * s2;
-      second[i + 1] = b2 * c2 + a2 * s2;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float c = __ldg(cos + pair + i), s = __ldg(sin + pair + i);
-      const float a = first[i], b = second[i];
-      first[i] = a * c - b * s;
-      second[i] = b * c + a * s;
+  if constexpr (N > 1) {
+    if (call.interleaved) {
+      const int half = call.width / 4;  // pairs in half a head
+      turn_neighbors<N>(cos + pair / 2, sin + pair / 2, first);
+      turn_neighbors<N>(cos + half + pair / 2, sin + half + pair / 2, second);
+      return;
     }
   }
+  alignas(16) float c[N], s[N];
+  read_angles<N>(cos + pair, c);
+  read_angles<N>(sin + pair, s);
+#pragma unroll
+  for (int i = 0; i < N; ++i) turn_pair(c[i], s[i], first[i], second[i]);
 }
 
 template <typename T, int N, int V>
@@ -334,7 +355,7 @@ Side side_of(const QKTensors& given, Tensor& y, bool across_heads) {
 
 bool packed(const Side& side, int64_t item) {
   return side.groups == 0 ||
-         (aligned16({side.x, side.weight, side.bias, side.y}) &&
+         (aligned16({side.x, side.weight, side.bias, side.cos, side.sin, side.y}) &&
           side.sample_stride * item % 16 == 0 && side.token_stride * item % 16 == 0 &&
           side.head_stride * item % 16 == 0);
 }

@@ -5,7 +5,7 @@
 //
 // Source: Shazeer, "GLU Variants Improve Transformer" (2020), equation 6.
 // Bytes moved: forward reads a and b and writes y; backward reads grad, a and b and writes d_a and
-// d_b. Computed in float32 and rounded once; in float32, y takes the roundings of PyTorch's kernels.
+// d_b. Computed in float32 and rounded once; in float32, y takes the roundings of PyTorch's own.
 
 #include <algorithm>
 #include <tuple>
@@ -36,6 +36,19 @@ __device__ inline bool place(const Shape& shape, int64_t& row, int64_t& column) 
   return column < shape.width;
 }
 
+// As store() of common/rows.cuh, whose 16 bytes nvcc takes apart here.
+template <typename T, int N>
+__device__ inline void store_whole(T* to, const float* values) {
+  if constexpr (sizeof(T) * N == 16) {
+    Pack<T, N> pack;
+#pragma unroll
+    for (int i = 0; i < N; ++i) pack.at[i] = from_float<T>(values[i]);
+    __stwb(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&pack));
+  } else {
+    store<T, N>(to, values);
+  }
+}
+
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads)
     swiglu_fwd_kernel(const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ y,
@@ -50,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
     const float x = to_float(gate.at[i]);
     values[i] = __fmul_rn(__fdiv_rn(x, 1.f + expf(-x)), to_float(other.at[i]));
   }
-  store<T, N>(y + row * shape.width + column, values);
+  store_whole<T, N>(y + row * shape.width + column, values);
 }
 
 template <typename T, int N>
@@ -71,8 +84,8 @@ __global__ void __launch_bounds__(kThreads)
     to_a[i] = g * to_float(other.at[i]) * (sigmoid * (1.f + x * (1.f - sigmoid)));
     to_b[i] = g * (x * sigmoid);
   }
-  store<T, N>(d_a + row * shape.width + column, to_a);
-  store<T, N>(d_b + row * shape.width + column, to_b);
+  store_whole<T, N>(d_a + row * shape.width + column, to_a);
+  store_whole<T, N>(d_b + row * shape.width + column, to_b);
 }
 
 void check_like(const char* op, const char* name, const Tensor& a, const Tensor& tensor) {

@@ -83,8 +83,8 @@ def dit_attention_fwd_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,  # power of two, >= K
 ):  # fmt: skip
-    sample = tl.program_id(0).to(tl.int64) // H
-    head = tl.program_id(0).to(tl.int64) % H
+    sample = (tl.program_id(0) // H).to(tl.int64)
+    head = (tl.program_id(0) % H).to(tl.int64)
     group = head // heads_a_group
     rows = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     length = _key_length(lengths_ptr, sample, S)
@@ -141,8 +141,8 @@ def dit_attention_bwd_q_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(0).to(tl.int64) // H
-    head = tl.program_id(0).to(tl.int64) % H
+    sample = (tl.program_id(0) // H).to(tl.int64)
+    head = (tl.program_id(0) % H).to(tl.int64)
     group = head // heads_a_group
     rows = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     length = _key_length(lengths_ptr, sample, S)
@@ -195,8 +195,8 @@ def dit_attention_bwd_kv_kernel(
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     groups = H // heads_a_group
-    sample = tl.program_id(0).to(tl.int64) // groups
-    group = tl.program_id(0).to(tl.int64) % groups
+    sample = (tl.program_id(0) // groups).to(tl.int64)
+    group = (tl.program_id(0) % groups).to(tl.int64)
     keys = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     length = _key_length(lengths_ptr, sample, S)
     k = _load_rows(k_ptr + sample * k_b + group * k_h, keys, length, k_n, width, BLOCK_K)
@@ -251,13 +251,12 @@ def forward(
     statistics = torch.empty(2, B, H, L, dtype=torch.float32, device=q.device)
     if y.numel() == 0:
         return y, statistics
-    block_l, block_s, options = _tile(K, q.dtype)
+    tile, _, _ = _tiles(K, q.dtype)
     with torch.cuda.device(q.get_device()):  # the CPU's -1, in the interpreter, does nothing
-        dit_attention_fwd_kernel[(B * H, triton.cdiv(L, block_l))](
+        dit_attention_fwd_kernel[(B * H, triton.cdiv(L, tile["BLOCK_L"]))](
             q, k, v, key_lengths, y, *statistics.unbind(0),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            L, S, H, H // G, K, scale,
-            BLOCK_L=block_l, BLOCK_S=block_s, **options,
+            L, S, H, H // G, K, scale, **tile,
         )  # fmt: skip
     return y, statistics
 
@@ -290,32 +289,36 @@ def backward(
     largest, total = statistics.unbind(0)
     dots = torch.empty_like(largest)
     strides = [n for t in (grad, q, k, v) for n in t.stride()[:3]]
-    block_l, block_s, options = _backward_tile(K, q.dtype)
-    options = {**options, "BLOCK_L": block_l, "BLOCK_S": block_s}
+    _, queries, keys = _tiles(K, q.dtype)
     with torch.cuda.device(q.get_device()):  # the CPU's -1, in the interpreter, does nothing
-        dit_attention_bwd_q_kernel[(B * H, triton.cdiv(L, block_l))](
+        dit_attention_bwd_q_kernel[(B * H, triton.cdiv(L, queries["BLOCK_L"]))](
             grad, q, k, v, key_lengths, y, largest, total, dots, d_q, *strides,
-            L, S, H, H // G, K, scale, **options,
+            L, S, H, H // G, K, scale, **queries,
         )  # fmt: skip
-        dit_attention_bwd_kv_kernel[(B * G, triton.cdiv(S, block_s))](
+        dit_attention_bwd_kv_kernel[(B * G, triton.cdiv(S, keys["BLOCK_S"]))](
             grad, q, k, v, key_lengths, largest, total, dots, d_k, d_v, *strides,
-            L, S, H, H // G, K, scale, **options,
+            L, S, H, H // G, K, scale, **keys,
         )  # fmt: skip
     return d_q, d_k, d_v
 
 
-def _tile(width: int, dtype: torch.dtype) -> tuple[int, int, dict[str, object]]:
-    """BLOCK_L, BLOCK_S and the rest of the forward's configuration, by K and dtype alone."""
+def _tiles(width: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Configurations of the forward, the queries' and the keys' gradient, by K and dtype alone.
+
+    Chosen so that no architecture from sm_80 to sm_100 spills registers or takes more than 48 KiB
+    of shared memory.
+    """
     block_k = max(16, triton.next_power_of_2(width))
-    options = {"BLOCK_K": block_k, "num_warps": 4}
     if dtype == torch.float32:
-        return 32, 32, {**options, "num_stages": 1}
-    # Two stages of k and v and one q stay below 48 KiB of shared memory.
-    return 64, 64 if block_k <= 64 else 32, {**options, "num_stages": 2}
-
-
-def _backward_tile(width: int, dtype: torch.dtype) -> tuple[int, int, dict[str, object]]:
-    block_k = max(16, triton.next_power_of_2(width))
-    options = {"BLOCK_K": block_k, "num_warps": 4, "num_stages": 1}
-    size = 64 if dtype != torch.float32 and block_k <= 64 else 32
-    return size, size, options
+        if block_k <= 32:
+            tiles = (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)
+        elif block_k == 64:
+            tiles = (32, 32, 4, 1), (16, 16, 4, 1), (32, 32, 4, 1)
+        else:
+            tiles = (16, 16, 4, 1), (16, 16, 8, 1), (16, 16, 4, 1)
+    elif block_k <= 64:
+        tiles = (64, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1)
+    else:
+        tiles = (64, 32, 4, 1), (32, 32, 8, 1), (32, 32, 4, 1)
+    names = ("BLOCK_L", "BLOCK_S", "num_warps", "num_stages")
+    return tuple({**dict(zip(names, tile, strict=True)), "BLOCK_K": block_k} for tile in tiles)

@@ -325,15 +325,15 @@ def backward(
             )  # fmt: skip
     if not parameters:
         return d_x, None, None
-    d_weight, d_bias = partial.sum(1)
+    d_weight, d_bias = partial.sum(1, dtype=torch.float64).float()
     return d_x, d_weight, d_bias
 
 
 def _tile(heads: int, width: int, across_heads: bool) -> tuple[int, int, int]:
-    """Heads and pairs that a program holds, and its warps: about 16 values a lane at most.
+    """Heads and pairs that a program holds, and its warps: about 8 values a lane.
 
     Depends on H and K alone: a group is summed in the same order in every batch.
     """
     pairs = triton.next_power_of_2(width // 2)
     rows = triton.next_power_of_2(heads) if across_heads else max(1, 512 // pairs)
-    return rows, pairs, min(16, max(1, rows * pairs // 256))
+    return rows, pairs, min(16, max(1, rows * pairs // 128))

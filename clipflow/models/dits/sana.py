@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from clipflow import ops
 from clipflow.errors import ShapeError
-from clipflow.nn.cross_attention import CrossAttention
+from clipflow.nn.cross_attention import CrossAttention, real_tokens_first
 from clipflow.nn.embeddings import AdaLNSingle, grid_position_table
 from clipflow.nn.glu_mbconv import GLUMBConv
 from clipflow.nn.linear_attention import ReLULinearAttention
@@ -81,7 +81,7 @@ class SanaBlock(nn.Module):
         normed: Tensor,
         modulation: Tensor,
         condition: Tensor,
-        mask: Tensor | None,
+        key_lengths: Tensor | None,
         grid: tuple[int, int],
     ) -> tuple[Tensor, Tensor]:
         """Everything up to the gate of the feed-forward branch.
@@ -90,7 +90,7 @@ class SanaBlock(nn.Module):
             hidden: the residual stream, [B, N, D].
             normed: its first modulated norm, [B, N, D].
             modulation: of this time, [B, 6, D], without the block's table.
-            condition: [B, L, D]; `mask` [B, L] bool, None when all tokens are real.
+            condition: [B, L, D]; of sample b the first key_lengths[b] tokens are real, or all.
             grid: (h, w) with h * w = N.
 
         Returns:
@@ -100,7 +100,7 @@ class SanaBlock(nn.Module):
         hidden = torch.addcmul(hidden, gate[:, None], self.attn1(normed))
         hidden, normed = ops.gated_residual_norm(
             hidden,
-            self.attn2(hidden, condition, mask),
+            self.attn2(hidden, condition, key_lengths),
             None,
             modulation[:, 3],
             modulation[:, 4],
@@ -146,9 +146,10 @@ class SanaTransformer(nn.Module):
             wanted = f"[B, {self.config.in_channels}, h, w]"
             raise ShapeError(f"sana: latents must be {wanted}, got {list(latents.shape)}")
         grid = (latents.shape[2], latents.shape[3])
-        mask = None if mask is None else mask.bool()
         hidden = self.embed_latents(latents)
-        condition = self.embed_condition(condition)
+        condition, key_lengths = self.embed_condition(condition), None
+        if mask is not None:
+            condition, key_lengths = real_tokens_first(condition, mask.bool())
         modulation, embedding = self.time_embed(timestep)
         shift, scale, gate = modulation[:, 0], modulation[:, 1], modulation[:, 5]
         # What modulates the norm after each block: the next block's, at last the output's.
@@ -157,7 +158,7 @@ class SanaTransformer(nn.Module):
         eps = self.config.norm_eps
         normed = ops.adaln_norm(hidden, *after[0][:2], table=after[0][2], eps=eps)
         for block, (shift, scale, table) in zip(self.transformer_blocks, after[1:], strict=True):
-            hidden, branch = block(hidden, normed, modulation, condition, mask, grid)
+            hidden, branch = block(hidden, normed, modulation, condition, key_lengths, grid)
             hidden, normed = ops.gated_residual_norm(
                 hidden, branch, gate, shift, scale,
                 gate_table=block.scale_shift_table[5], table=table, eps=eps,
