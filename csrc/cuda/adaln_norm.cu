@@ -47,9 +47,10 @@ __device__ __forceinline__ void forward_token(const Forward<T>& a, const Row& ro
             [&](Place at) { return modulate(at, (x(at) - of.mean) * of.rstd); });
 }
 
-// A team that shares its block with others is one warp, and meets no barrier.
+// A team that shares its block with others is one warp, and meets no barrier. The 1 of the launch
+// bounds: without it ptxas aims at two blocks a multiprocessor and spills.
 template <typename T, int N, int V>
-__global__ void __launch_bounds__(kMaxThreads) adaln_norm_fwd_kernel(Forward<T> a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) adaln_norm_fwd_kernel(Forward<T> a) {
   __shared__ float2 buffers[2][kMaxThreads / kWarp];
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token < a.tokens) forward_token(a, HeldRow<N, V>(a.channels), token, {buffers});
@@ -116,7 +117,6 @@ __device__ __forceinline__ void backward_chunk(const Backward<T>& a, const Row& 
   row.finish(d_gain, gain_part);
 }
 
-// The 1 of the launch bounds: without it ptxas aims at two blocks a multiprocessor and spills.
 template <typename T, int N, int V>
 __global__ void __launch_bounds__(kMaxThreads, 1) adaln_norm_bwd_kernel(Backward<T> a) {
   __shared__ float2 buffers[2][kMaxThreads / kWarp];
