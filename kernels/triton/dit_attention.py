@@ -325,6 +325,6 @@ def _tiles(width: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, in
     elif block_k <= 64:
         tiles = (64, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1)
     else:
-        tiles = (64, 32, 4, 1), (32, 32, 8, 1), (16, 32, 4, 1)
+        tiles = (64, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)
     names = ("BLOCK_L", "BLOCK_S", "num_warps", "num_stages")
     return tuple({**dict(zip(names, tile, strict=True)), "BLOCK_K": block_k} for tile in tiles)
