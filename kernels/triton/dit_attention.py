@@ -42,6 +42,12 @@ def _dot(a, b):
 
 
 @triton.jit
+def _exp(x):
+    # Scores are subtracted before they are scaled: the largest weights keep all their bits.
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
 def _load_rows(head_ptr, rows, count, row_stride, width, BLOCK_K: tl.constexpr):
     """Rows of one head, [rows, BLOCK_K]; zeros outside."""
     d = tl.arange(0, BLOCK_K)
@@ -72,7 +78,7 @@ def dit_attention_fwd_kernel(
     v_ptr,  # [B, S, G, K]
     lengths_ptr,  # [B], or None
     y_ptr,  # [B, L, H, K], contiguous
-    largest_ptr,  # [B, H, L] float32: m, in powers of 2
+    largest_ptr,  # [B, H, L] float32: m
     total_ptr,  # [B, H, L] float32: t
     q_b, q_n, q_h, k_b, k_n, k_h, v_b, v_n, v_h,
     L, S, H,
@@ -100,13 +106,13 @@ def dit_attention_fwd_kernel(
         keys = first + tl.arange(0, BLOCK_S)
         k = _load_rows(k_head, keys, length, k_n, width, BLOCK_K)
         v = _load_rows(v_head, keys, length, v_n, width, BLOCK_K)
-        scores = _dot(q, tl.trans(k)) * (scale * LOG2_E)
+        scores = _dot(q, tl.trans(k)) * scale
         scores = tl.where((keys < length)[None, :], scores, -float("inf"))
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
         # A row whose scores are all -inf so far has no number to subtract.
         shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)
-        p = tl.exp2(scores - shift[:, None])
-        fade = tl.exp2(largest - shift)
+        p = _exp(scores - shift[:, None])
+        fade = _exp(largest - shift)
         total = total * fade + tl.sum(p, axis=1)
         y = y * fade[:, None] + _dot(p.to(v.dtype), v)
         largest = new_largest
@@ -155,7 +161,7 @@ def dit_attention_bwd_q_kernel(
     row_at = tl.program_id(0).to(tl.int64) * L + rows
     tl.store(dots_ptr + row_at, dots, mask=rows < L)
     largest = tl.load(largest_ptr + row_at, mask=rows < L, other=0.0)
-    rate = 1.0 / tl.load(total_ptr + row_at, mask=rows < L, other=1.0)
+    total = tl.load(total_ptr + row_at, mask=rows < L, other=1.0)
     k_head = k_ptr + sample * k_b + group * k_h
     v_head = v_ptr + sample * v_b + group * v_h
 
@@ -164,8 +170,8 @@ def dit_attention_bwd_q_kernel(
         keys = first + tl.arange(0, BLOCK_S)
         k = _load_rows(k_head, keys, length, k_n, width, BLOCK_K)
         v = _load_rows(v_head, keys, length, v_n, width, BLOCK_K)
-        scores = _dot(q, tl.trans(k)) * (scale * LOG2_E)
-        p = tl.exp2(scores - largest[:, None]) * rate[:, None]
+        scores = _dot(q, tl.trans(k)) * scale
+        p = _exp(scores - largest[:, None]) / total[:, None]
         d_p = _dot(grad, tl.trans(v))
         d_scores = tl.where((keys < length)[None, :], p * (d_p - dots[:, None]), 0.0)
         d_q += _dot(d_scores.to(k.dtype), k)
@@ -214,11 +220,11 @@ def dit_attention_bwd_kv_kernel(
         grad = _load_rows(grad_head, rows, L, grad_n, width, BLOCK_K)
         row_at = (sample * H + head) * L + rows
         largest = tl.load(largest_ptr + row_at, mask=rows < L, other=0.0)
-        rate = 1.0 / tl.load(total_ptr + row_at, mask=rows < L, other=1.0)
+        total = tl.load(total_ptr + row_at, mask=rows < L, other=1.0)
         dots = tl.load(dots_ptr + row_at, mask=rows < L, other=0.0)
-        scores = _dot(k, tl.trans(q)) * (scale * LOG2_E)
+        scores = _dot(k, tl.trans(q)) * scale
         inside = (keys < length)[:, None] & (rows < L)[None, :]
-        p = tl.where(inside, tl.exp2(scores - largest[None, :]) * rate[None, :], 0.0)
+        p = tl.where(inside, _exp(scores - largest[None, :]) / total[None, :], 0.0)
         d_v += _dot(p.to(grad.dtype), grad)
         d_p = _dot(v, tl.trans(grad))
         d_scores = tl.where(inside, p * (d_p - dots[None, :]), 0.0)
@@ -243,7 +249,7 @@ def forward(
 
     Returns:
         (y [B, L, H, K], contiguous, dtype of `q`; statistics [2, B, H, L] float32 for `backward`:
-        the largest scores in powers of 2, and the sums of the weights). Products are float32 sums
+        the largest scores, and the sums of the weights). Products are float32 sums
         of the inputs' dtype, the weights rounded to it. Arguments were checked by clipflow.ops.
     """
     (B, L, H, K), S, G = q.shape, k.shape[1], k.shape[2]
@@ -319,6 +325,6 @@ def _tiles(width: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, in
     elif block_k <= 64:
         tiles = (64, 64, 4, 2), (32, 64, 4, 1), (32, 64, 4, 1)
     else:
-        tiles = (64, 32, 4, 1), (32, 32, 8, 1), (32, 32, 4, 1)
+        tiles = (64, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)
     names = ("BLOCK_L", "BLOCK_S", "num_warps", "num_stages")
     return tuple({**dict(zip(names, tile, strict=True)), "BLOCK_K": block_k} for tile in tiles)
