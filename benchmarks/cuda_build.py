@@ -6,6 +6,7 @@ is compiled with nvcc, by the flags that CMake uses.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -100,6 +101,7 @@ def _flags() -> list[str]:
     return ["-O3", "-std=c++20", f"-D{target[0]}", *(f"-I{f}" for f in folders)]
 
 
+@functools.cache  # reading the whole extension takes many seconds
 def _read(binary: Path, archs: tuple[str, ...]) -> list[CudaKernel]:
     """Resources and instructions of every kernel in a cubin or a library."""
     sass = {
