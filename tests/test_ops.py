@@ -58,7 +58,9 @@ def test_output_and_gradients_are_as_close_as_eager(op, case, backend, device, d
         k: (t.dtype, t.shape) for k, t in eager.items()
     }
     assert all(t.is_contiguous() for name, t in actual.items() if name.startswith("y"))
-    assert_as_close_as_eager(actual, op, case, inputs)
+    # The interpreter cuts float32 to bfloat16 where every other device rounds.
+    steps = 2 if TRITON_INTERPRETED and dtype == torch.bfloat16 else 1
+    assert_as_close_as_eager(actual, op, case, inputs, steps)
 
 
 @parametrize(slice(-1, None), timed=True)
@@ -72,7 +74,10 @@ def test_exact_ops_have_the_bits_of_eager(op, case, backend, device):
     inputs = case.inputs(device, torch.float32)
     eager = outputs(op, run(op, case, inputs, "eager"))
     for name, value in outputs(op, run(op, case, inputs, backend)).items():
-        assert torch.equal(value, eager[name]), name
+        if TRITON_INTERPRETED and value.dtype == torch.bfloat16:  # cut instead of rounded
+            torch.testing.assert_close(value, eager[name], rtol=2**-7, atol=0)
+        else:
+            assert torch.equal(value, eager[name]), name
 
 
 @pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])

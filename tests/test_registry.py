@@ -30,7 +30,7 @@ def test_a_named_backend_never_falls_back():
     with pytest.raises(BackendUnavailable, match="adaln_norm: backend 'triton' needs a CUDA"):
         ops.adaln_norm(X, SHIFT, SCALE, backend="triton")
     weight = ops.quantize_weight(torch.randn(3, 8))
-    with pytest.raises(BackendUnavailable, match="quantized_linear: .* 'triton' is not one of"):
+    with pytest.raises(BackendUnavailable, match=r"quantized_linear: .* 'triton' is not one of"):
         ops.quantized_linear(X, weight, backend="triton")
 
 
