@@ -59,7 +59,7 @@ def test_output_and_gradients_are_as_close_as_eager(op, case, backend, device, d
     }
     assert all(t.is_contiguous() for name, t in actual.items() if name.startswith("y"))
     # The interpreter cuts float32 to bfloat16 where every other device rounds.
-    steps = 2 if TRITON_INTERPRETED and dtype == torch.bfloat16 else 1
+    steps = 4 if TRITON_INTERPRETED and dtype == torch.bfloat16 else 1
     assert_as_close_as_eager(actual, op, case, inputs, steps)
 
 
