@@ -81,7 +81,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="result file; default: a dated one in results/")
     args = parser.parse_args(argv)
     args.rounds = 5 if args.quick else max(5, args.rounds)
-    args.block = 0.01 if args.quick else 0.05
+    args.block = 0.01 if args.quick else 0.03
     return args
 
 

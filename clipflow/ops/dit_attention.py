@@ -340,7 +340,7 @@ OP = register(
         of_length=lambda L: _case(2, L, L + 20, 2, 1, 32, lengths=(L, 3)),
         any_case=_any_case,
         traffic="read q, k, v, write y",
-        flops=lambda q, k, *_: 4 * q.numel() * k.shape[1],
+        flops=lambda q, k, *_, **__: 4 * q.numel() * k.shape[1],
         batch_invariant=False,  # PyTorch's kernels split the work by the number of threads
     )
 )
