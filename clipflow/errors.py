@@ -16,6 +16,10 @@ class InputError(ValueError):
     """Something the user handed in (a file, a prompt, an option) cannot be used; one clear line."""
 
 
+class AccelerationError(ValueError):
+    """A module is not the stock one that `clipflow.accelerate` knows; nothing was changed."""
+
+
 class BackendUnavailable(RuntimeError):
     """The backend asked for by name cannot run this call on this machine."""
 
