@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -27,6 +28,18 @@ def check_value(name: str, found: object, *wanted: object) -> None:
     """Raise unless `found` is one of the values `wanted`."""
     if found not in wanted:
         raise refuse(name, repr(found), " or ".join(map(repr, wanted)))
+
+
+def check_plain_layer_norm(name: str, norm: object) -> None:
+    """Raise unless `norm` is a LayerNorm without weight and bias."""
+    check_type(name, norm, nn.LayerNorm)
+    check_value(f"{name}.elementwise_affine", norm.elementwise_affine, False)
+
+
+def check_linear_layers(name: str, part: nn.Module, *wanted: str) -> None:
+    """Raise unless the submodules `wanted` of `part` are `torch.nn.Linear`."""
+    for layer in wanted:
+        check_type(f"{name}.{layer}", part.get_submodule(layer), nn.Linear)
 
 
 def check_parameters(function: Callable[..., object], *wanted: str) -> None:
@@ -74,6 +87,12 @@ def hooked(module: nn.Module) -> bool:
 def bare(*modules: nn.Module) -> bool:
     """Whether none of `modules` has hooks or a forward other than its class's."""
     return not any(hooked(module) or "forward" in module.__dict__ for module in modules)
+
+
+def carries(module: nn.Module, forward: Callable[..., object]) -> bool:
+    """Whether calling `module` runs the replacement `forward` and nothing else."""
+    own = module.__dict__.get("forward")
+    return type(own) is partial and own.func is forward and not hooked(module)
 
 
 def plain(wanted: type, *modules: nn.Module) -> bool:

@@ -24,6 +24,8 @@ MARK = "_clipflow_acceleration"
 
 # Class of diffusers -> the module whose RECIPE is for it; diffusers is imported by that module.
 RECIPES = {
+    "Lumina2Transformer2DModel": "clipflow.acceleration.lumina2",
+    "LuminaNextDiT2DModel": "clipflow.acceleration.lumina_next",
     "SanaTransformer2DModel": "clipflow.acceleration.sana",
 }
 
