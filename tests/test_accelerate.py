@@ -110,10 +110,11 @@ def test_save_pretrained_writes_the_stock_model(tmp_path):
 @every_model
 def test_the_report_names_every_part(make, call):
     report = clipflow.accelerate(make())
-    assert (
-        sum(report.replaced.values())
-        == len(report.explain().splitlines()) - 2 - (str(report).count("\n")) + 0
-    )
+    for name, part in report.module.named_modules():
+        if "forward" in part.__dict__:
+            assert (
+                f"{name or '(the module)'}: {type(part).__name__}.forward -> " in report.explain()
+            )
     for kind, count in report.replaced.items():
         assert f"{count} x {kind}" in str(report)
     for name in report.stays:
@@ -208,16 +209,16 @@ def _rescaled(model):
 
 CHANGES = {
     _lora: r"transformer_blocks.1.attn1.to_q is .*Lora; wanted a layer of torch.nn or diffusers",
-    _hook: r"transformer_blocks.1.ff is a GLUMBConv with hooks or a forward of its own",
-    _backward_hook: r"proj_out is a Linear with hooks",
-    _own_forward: r"transformer_blocks.0.attn2 is a Attention with hooks or a forward of its own",
+    _hook: r"transformer_blocks.1.ff is GLUMBConv with hooks or a forward of its own",
+    _backward_hook: r"proj_out is Linear with hooks",
+    _own_forward: r"transformer_blocks.0.attn2 is Attention with hooks or a forward of its own",
     _processor: r"attn1.processor is .*SanaAttnProcessor2_0; wanted .*SanaLinearAttnProcessor2_0",
     _derived_layer: r"transformer_blocks.2.norm2 is .*DerivedNorm",
     _affine_norm: r"transformer_blocks.2.norm2.elementwise_affine is True; wanted False",
     _parametrized: r"transformer_blocks.0.attn1.to_v is .*Parametrized",
     _feed_forward_norm: r"ff.norm_type is 'rms_norm'; wanted None",
     _storage_dtype: r"proj_out.weight is .* in torch.float8_e4m3fn; wanted .* floating dtype",
-    _compiled: r"transformer_blocks.0 is a compiled SanaTransformerBlock",
+    _compiled: r"transformer_blocks.0 is compiled SanaTransformerBlock",
     _rescaled: r"attn2.rescale_output_factor is 2.0; wanted 1.0",
 }
 
@@ -234,9 +235,9 @@ def test_a_model_that_is_not_stock_is_refused_whole(change, message):
 
 def test_an_option_without_an_op_is_refused():
     model = tiny.sana(qk_norm="layer_norm")
-    with pytest.raises(AccelerationError, match="attn1.norm_q is .*LayerNorm; wanted .*RMSNorm"):
+    with pytest.raises(AccelerationError, match=r"attn1.norm_q is .*LayerNorm; wanted .*RMSNorm"):
         clipflow.accelerate(model)
-    with pytest.raises(AccelerationError, match="norm2.elementwise_affine is True; wanted False"):
+    with pytest.raises(AccelerationError, match=r"norm2.elementwise_affine is True; wanted False"):
         clipflow.accelerate(tiny.sana(norm_elementwise_affine=True))
 
 
@@ -252,9 +253,7 @@ class SanaTransformer2DModel(diffusers.SanaTransformer2DModel):
 def test_a_derived_class_is_refused(kind):
     model = tiny.sana(num_layers=1)
     model.__class__ = kind
-    with pytest.raises(
-        AccelerationError, match="the module is .*; wanted one of diffusers' .*Sana"
-    ):
+    with pytest.raises(AccelerationError, match=r"is .*; wanted one of diffusers' .*SanaTrans"):
         clipflow.accelerate(model)
 
 

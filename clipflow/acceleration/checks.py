@@ -65,9 +65,9 @@ def check_untouched(module: nn.Module) -> None:
         if not kind.__module__.startswith(LIBRARIES):
             raise refuse(name, full_name(kind), "a layer of torch.nn or diffusers.models")
         if not bare(part):
-            raise refuse(name, f"a {kind.__name__} with hooks or a forward of its own", "none")
+            raise refuse(name, f"{kind.__name__} with hooks or a forward of its own", "none")
         if part._compiled_call_impl is not None:
-            raise refuse(name, f"a compiled {kind.__name__}", "compiling after accelerate")
+            raise refuse(name, f"compiled {kind.__name__}", "compiling after accelerate")
         for parameter_name, parameter in part.named_parameters(name, recurse=False):
             if type(parameter) is not nn.Parameter or parameter.dtype not in FLOATING:
                 found = f"{full_name(type(parameter))} in {parameter.dtype}"
