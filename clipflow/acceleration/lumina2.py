@@ -32,6 +32,9 @@ from clipflow.acceleration.norms import rms_norm, rms_norm_replacement
 from clipflow.acceleration.patches import unpatchify
 from clipflow.acceleration.replace import Recipe, Replacement
 
+BLOCKS = ("noise_refiner", "context_refiner", "layers")
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
 
 class Lumina2Attention:
     """Attention processor: normalized and rotated queries and keys, key lengths, grouped heads."""
@@ -223,7 +226,7 @@ def _block_replacements(name: str, part: Lumina2TransformerBlock) -> Iterator[Re
     attn = part.attn
     checks.check_type(f"{name}.attn", attn, Attention)
     checks.check_type(f"{name}.attn.processor", attn.processor, Lumina2AttnProcessor2_0)
-    checks.check_linear_layers(f"{name}.attn", attn, "to_q", "to_k", "to_v", "to_out.0")
+    checks.check_linear_layers(f"{name}.attn", attn, *PROJECTIONS)
     lumina.check_head_norms(f"{name}.attn", attn, RMSNorm)
     yield Replacement(
         name=f"{name}.attn", module=attn, attribute="processor", by=Lumina2Attention(),
@@ -233,4 +236,12 @@ def _block_replacements(name: str, part: Lumina2TransformerBlock) -> Iterator[Re
     yield Replacement(name=name, module=part, by=block, ops="sandwich_residual_norm")
 
 
-RECIPE = Recipe(kind=Lumina2Transformer2DModel, replacements=replacements)
+def int8_layers(model: Lumina2Transformer2DModel) -> Iterator[str]:
+    """The attention and feed-forward layers of all blocks."""
+    for blocks in BLOCKS:
+        for index, _ in enumerate(model.get_submodule(blocks)):
+            for layer in (*(f"attn.{key}" for key in PROJECTIONS), *lumina.FEED_FORWARD):
+                yield f"{blocks}.{index}.{layer}"
+
+
+RECIPE = Recipe(kind=Lumina2Transformer2DModel, replacements=replacements, int8_layers=int8_layers)

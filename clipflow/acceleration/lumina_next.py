@@ -27,6 +27,7 @@ from clipflow.acceleration.patches import unpatchify
 from clipflow.acceleration.replace import Recipe, Replacement
 
 Options = dict[str, object]
+PROJECTIONS = ("to_q", "to_k", "to_v")
 
 
 class LuminaNextAttention:
@@ -230,7 +231,7 @@ def _block_replacements(name: str, part: LuminaNextDiTBlock) -> Iterator[Replace
         attn, inner = getattr(part, key), f"{name}.{key}"
         checks.check_type(inner, attn, Attention)
         checks.check_type(f"{inner}.processor", attn.processor, LuminaAttnProcessor2_0)
-        checks.check_linear_layers(inner, attn, "to_q", "to_k", "to_v")
+        checks.check_linear_layers(inner, attn, *PROJECTIONS)
         if attn.norm_q is not None or attn.norm_k is not None:
             lumina.check_head_norms(inner, attn, nn.LayerNorm)
         yield Replacement(
@@ -241,4 +242,12 @@ def _block_replacements(name: str, part: LuminaNextDiTBlock) -> Iterator[Replace
     yield Replacement(name=name, module=part, by=block, ops="sandwich_residual_norm")
 
 
-RECIPE = Recipe(kind=LuminaNextDiT2DModel, replacements=replacements)
+def int8_layers(model: LuminaNextDiT2DModel) -> Iterator[str]:
+    """The attention and feed-forward layers of all blocks."""
+    projections = [f"{attn}.{key}" for attn in ("attn1", "attn2") for key in PROJECTIONS]
+    for index, _ in enumerate(model.layers):
+        for layer in (*projections, "attn2.to_out.0", *lumina.FEED_FORWARD):
+            yield f"layers.{index}.{layer}"
+
+
+RECIPE = Recipe(kind=LuminaNextDiT2DModel, replacements=replacements, int8_layers=int8_layers)
