@@ -25,6 +25,7 @@ from clipflow.acceleration.lumina import Rope
 from clipflow.acceleration.norms import rms_norm_replacement
 from clipflow.acceleration.patches import unpatchify
 from clipflow.acceleration.replace import Recipe, Replacement
+from clipflow.acceleration.specimens import randomized
 
 Options = dict[str, object]
 PROJECTIONS = ("to_q", "to_k", "to_v")
@@ -250,4 +251,27 @@ def int8_layers(model: LuminaNextDiT2DModel) -> Iterator[str]:
             yield f"layers.{index}.{layer}"
 
 
-RECIPE = Recipe(kind=LuminaNextDiT2DModel, replacements=replacements, int8_layers=int8_layers)
+def specimen() -> tuple[LuminaNextDiT2DModel, dict[str, object]]:
+    """A tiny model with grouped heads, and a call of it."""
+    model = LuminaNextDiT2DModel(
+        patch_size=2, in_channels=2, hidden_size=16, num_layers=2, num_attention_heads=2,
+        num_kv_heads=1, multiple_of=8, cross_attention_dim=4,
+    )  # fmt: skip
+    angle = torch.randn(4, 4, 4)
+    return randomized(model), {
+        "hidden_states": torch.randn(2, 2, 8, 6),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "encoder_hidden_states": torch.randn(2, 3, 4),
+        "encoder_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        "image_rotary_emb": torch.polar(torch.ones_like(angle), angle),
+        "cross_attention_kwargs": {"base_sequence_length": 5},
+        "return_dict": False,
+    }
+
+
+RECIPE = Recipe(
+    kind=LuminaNextDiT2DModel,
+    replacements=replacements,
+    int8_layers=int8_layers,
+    specimen=specimen,
+)

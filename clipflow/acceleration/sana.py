@@ -34,6 +34,7 @@ from clipflow.acceleration.int8 import is_pointwise, pointwise
 from clipflow.acceleration.norms import rms_norm_replacement
 from clipflow.acceleration.patches import unpatchify
 from clipflow.acceleration.replace import Recipe, Replacement
+from clipflow.acceleration.specimens import randomized
 
 LARGEST_HALF = 65504
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -358,4 +359,26 @@ def int8_layers(model: SanaTransformer2DModel) -> Iterator[str]:
             yield f"transformer_blocks.{index}.{layer}"
 
 
-RECIPE = Recipe(kind=SanaTransformer2DModel, replacements=replacements, int8_layers=int8_layers)
+def specimen() -> tuple[SanaTransformer2DModel, dict[str, object]]:
+    """A tiny model of every option that is accelerated, and a call of it."""
+    model = SanaTransformer2DModel(
+        in_channels=2, out_channels=2, num_layers=2, sample_size=4, qk_norm="rms_norm_across_heads",
+        num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2, patch_size=2,
+        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=4,
+    )  # fmt: skip
+    return randomized(model), {
+        "hidden_states": torch.randn(2, 2, 8, 6),
+        "encoder_hidden_states": torch.randn(2, 3, 4),
+        "timestep": torch.tensor([700, 30]),
+        "encoder_attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        "controlnet_block_samples": (torch.randn(2, 12, 16),),
+        "return_dict": False,
+    }
+
+
+RECIPE = Recipe(
+    kind=SanaTransformer2DModel,
+    replacements=replacements,
+    int8_layers=int8_layers,
+    specimen=specimen,
+)
