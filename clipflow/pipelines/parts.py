@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from clipflow.models.unilip import UniLIPModel
 from clipflow.models.unilip.loading import materialize_rotary
+from clipflow.pipelines.conditions import ConditionCache, ConditionEncoder
 from clipflow.pipelines.image_io import write_atomically
 from clipflow.pipelines.image_processor import FILE_NAME as PROCESSOR_FILE
 from clipflow.pipelines.image_processor import ImageProcessor
@@ -40,6 +41,7 @@ class UniLIPParts:
         self.image_processor = image_processor or ImageProcessor.from_config(model.config)
         self.defaults = defaults or GenerationDefaults.from_folder(None, model.config)
         self.prompts = Prompts(tokenizer, model.config)
+        self.conditions = ConditionEncoder(self.model, self.prompts)
         self._progress_bar_config: dict[str, object] = {}
 
     @classmethod
@@ -84,6 +86,11 @@ class UniLIPParts:
         }
         for name, text in texts.items():
             write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
+
+    @property
+    def condition_cache(self) -> ConditionCache:
+        """Conditions of the prompts used last: `max_bytes`, `clear()` and `statistics()`."""
+        return self.conditions.cache
 
     @property
     def device(self) -> torch.device:
