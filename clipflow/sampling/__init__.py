@@ -2,6 +2,7 @@
 
 from clipflow.sampling.flow_matching import FlowTimes, draw_times, flow_matching_loss, interpolate
 from clipflow.sampling.plan import TIERS, Denoiser, PlanSpec, SamplingPlan
+from clipflow.sampling.plan_cache import PlanCache
 from clipflow.sampling.sample import sample
 from clipflow.sampling.schedule import FlowSchedule, flow_schedule
 from clipflow.sampling.solvers import SOLVERS, Evaluation, solver_table
@@ -13,6 +14,7 @@ __all__ = [
     "Evaluation",
     "FlowSchedule",
     "FlowTimes",
+    "PlanCache",
     "PlanSpec",
     "SamplingPlan",
     "draw_times",

@@ -46,5 +46,3 @@ class WeightsWatch:
 def version_of(tensor: Tensor) -> int:
     """How often PyTorch saw `tensor` written; inference tensors do not count."""
     return 0 if tensor.is_inference() else tensor._version
-
-

@@ -12,6 +12,7 @@ modulations) is computed for all steps at once; everything that depends on the c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,18 +81,8 @@ class SanaDenoiser:
         self.blocks = [BlockWeights(block, self.linear) for block in dit.transformer_blocks]
         self.out_table = dit.scale_shift_table.detach()
         self._make_constants()
-        self._make_buffers()
-        null, cond = spec.conditions
-        self.keys = [
-            ConditionKeys(
-                len(self.blocks),
-                count,
-                heads=dit.config.num_cross_attention_heads,
-                channels=dit.config.hidden_size,
-                spec=spec,
-            )
-            for count in ([null, cond] if spec.guided else [cond])
-        ]
+        self.buffers = _buffers(dit, spec)
+        self.keys = _condition_keys(dit, spec)
 
     def constants(self) -> dict[str, int]:
         return {
@@ -151,18 +142,6 @@ class SanaDenoiser:
             place = place + dit.position_table(*spec.latent_shape[1:]).to(place)
         self.place = place.contiguous()  # [N, D]
 
-    def _make_buffers(self) -> None:
-        spec, config = self.spec, self.dit.config
-        self.buffers = Buffers.empty(
-            spec.rows,
-            spec.tokens,
-            config.hidden_size,
-            len(self.blocks[0].depth[1]) // 2,
-            config.out_channels,
-            dtype=spec.dtype,
-            device=spec.device,
-        )
-
     def _embed(self, rows: Tensor, buffers: Buffers) -> Tensor:
         R = len(rows)
         return torch.baddbmm(
@@ -218,7 +197,7 @@ class SanaDenoiser:
             block.cross_out(mixed.view(B * N, D), branch[half * B * N : (half + 1) * B * N])
 
     def _feed_forward(self, block: BlockWeights, normed: Tensor, buffers: Buffers) -> None:
-        R, N, D = buffers.branch.shape
+        R, N, _ = buffers.branch.shape
         M = len(block.depth[1]) // 2
         wide = block.inverted(_tokens(normed), buffers.wide(2 * M)).view(R, N, 2 * M)
         gated = buffers.middle(M)
@@ -251,3 +230,40 @@ def planned_classes() -> tuple[type[nn.Module], ...]:
 
     own = (SanaBlock, ReLULinearAttention, CrossAttention, GLUMBConv)
     return (*own, nn.ModuleList, nn.ModuleDict, nn.Linear, nn.Conv2d)
+
+
+def plan_bytes(dit: SanaTransformer, spec: PlanSpec) -> int:
+    """What `SanaDenoiser` will hold beside the weights, from shapes alone."""
+    blocks, D = dit.transformer_blocks, dit.config.hidden_size
+    sketch = replace(spec, device=torch.device("meta"))
+    buffers = _buffers(dit, sketch)
+    keys = _condition_keys(dit, sketch)
+    constants = len(spec.table) * (7 + 2 * len(blocks)) * D + spec.tokens * D
+    return buffers.nbytes + sum(k.nbytes for k in keys) + constants * spec.dtype.itemsize
+
+
+def _buffers(dit: SanaTransformer, spec: PlanSpec) -> Buffers:
+    return Buffers.empty(
+        spec.rows,
+        spec.tokens,
+        dit.config.hidden_size,
+        len(dit.transformer_blocks[0].ff.conv_depth.bias) // 2,
+        dit.config.out_channels,
+        dtype=spec.dtype,
+        device=spec.device,
+    )
+
+
+def _condition_keys(dit: SanaTransformer, spec: PlanSpec) -> list[ConditionKeys]:
+    """Of the null rows, if there are any, and of the others."""
+    null, cond = spec.conditions
+    return [
+        ConditionKeys(
+            len(dit.transformer_blocks),
+            count,
+            heads=dit.config.num_cross_attention_heads,
+            channels=dit.config.hidden_size,
+            spec=spec,
+        )
+        for count in ([null, cond] if spec.guided else [cond])
+    ]
