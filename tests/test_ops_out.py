@@ -1,0 +1,137 @@
+"""Every op with a keyword `out`: the same bits, in the tensors given, and nothing allocated."""
+
+import pytest
+import torch
+from op_calls import backends_under_test, outs_like, run, run_into, takes_out, tensors_of
+from test_ops import parametrize
+
+from clipflow.errors import ShapeError
+from clipflow.ops import all_ops
+from clipflow.registry import TRITON_INTERPRETED
+
+CPU = torch.device("cpu")
+OPS = [op for op in all_ops() if takes_out(op)]
+every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+every_case = parametrize(only=takes_out)
+
+
+def same(actual, wanted):
+    return all(
+        torch.equal(a.view(torch.uint8), w.view(torch.uint8))
+        for a, w in zip(tensors_of(actual), tensors_of(wanted), strict=True)
+    )
+
+
+def second_case(op, dtype=torch.float32):
+    """(case, inputs, what comes out of it, tensors for that) on the CPU."""
+    case = op.cases[1]
+    inputs = case.inputs(CPU, dtype)
+    with torch.no_grad():
+        plain = run(op, case, inputs, backends_under_test(op)[0])
+    return case, inputs, plain, outs_like(plain)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@torch.no_grad()
+def test_the_bits_of_a_call_without_out_in_the_tensors_given(op, case, backend, device, dtype):
+    inputs = case.inputs(device, dtype)
+    for name in (backend, "eager"):
+        plain = run(op, case, inputs, name)
+        out = outs_like(plain)
+        returned = run_into(op, case, inputs, name, out)
+        assert type(returned) is type(out)
+        given = {id(t) for t in tensors_of(out)}
+        assert all(id(t) in given for t in tensors_of(returned))
+        assert same(returned, plain), name
+
+
+@parametrize(only=lambda op: takes_out(op) and op.in_place)
+@torch.no_grad()
+def test_the_first_result_may_take_the_place_of_the_first_input(op, case, backend, device):
+    inputs = case.inputs(device, torch.float32)
+    for name in (backend, "eager"):
+        plain = run(op, case, inputs, name)
+        x = inputs[0].clone()
+        out = (x, *outs_like(plain)[1:])
+        returned = run_into(op, case, (x, *inputs[1:]), name, out)
+        assert returned[0] is x
+        assert same(returned, plain), name
+
+
+@every_op
+@torch.no_grad()
+def test_wrong_outs_are_named(op):
+    case, inputs, _, out = second_case(op)
+    whole = tensors_of(out)
+
+    def with_first(first):
+        return first if isinstance(out, torch.Tensor) else (first, *whole[1:])
+
+    first = whole[0]
+    other = torch.float64 if first.dtype == torch.float32 else torch.float32
+    wrong = {
+        ShapeError: first.new_empty(3, *first.shape),
+        TypeError: first.to(other),
+        ValueError: first.new_empty(*first.shape[:-1], 2 * first.shape[-1])[..., ::2],
+    }
+    for error, tensor in wrong.items():
+        with pytest.raises(error, match=rf"^{op.name}: out(\[0\])? must .*got"):
+            run_into(op, case, inputs, "auto", with_first(tensor))
+    with pytest.raises(TypeError, match=rf"^{op.name}: out.* must be .* on cpu, got .* on meta"):
+        run_into(op, case, inputs, "auto", with_first(first.to("meta")))
+    count = (first, first, first, first) if isinstance(out, torch.Tensor) else whole[:1]
+    with pytest.raises((TypeError, ValueError), match=rf"^{op.name}: out must be .*, got"):
+        run_into(op, case, inputs, "auto", count)
+
+
+@every_op
+def test_gradients_are_refused(op):
+    case, inputs, _, out = second_case(op)
+    leaves = (inputs[0].clone().requires_grad_(), *inputs[1:])
+    with pytest.raises(RuntimeError, match=rf"^{op.name}: .*torch\.no_grad\(\)"):
+        run_into(op, case, leaves, "auto", out)
+    with torch.no_grad():
+        run_into(op, case, leaves, "auto", out)
+
+
+@every_op
+@torch.no_grad()
+def test_nothing_is_allocated(op):
+    if TRITON_INTERPRETED or op.refusal(torch.empty(1), "native"):
+        pytest.skip("no compiled kernel for the CPU")
+    for case in op.cases:
+        inputs, options = case.inputs(CPU, torch.float32), case.options(CPU)
+        call = case.of(op.public)
+        out = outs_like(run(op, case, inputs, "native"))
+        with torch.profiler.profile(profile_memory=True) as profile:
+            call(*inputs, **options, out=out, backend="native")
+        assert bytes_allocated(profile) == 0, case.name
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call(*inputs, **options, backend="native")
+    assert bytes_allocated(profile) > 0
+
+
+def bytes_allocated(profile) -> int:
+    return sum(
+        event.nbytes()
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.nbytes() > 0
+    )
+
+
+@every_op
+@torch.no_grad()
+def test_compiles_whole(op):
+    case, inputs, plain, out = second_case(op)
+    options, backend = case.options(CPU), backends_under_test(op)[0]
+    torch._dynamo.reset()
+
+    def whole(*tensors):
+        results = case.of(op.public)(*tensors, **options, out=out, backend=backend)
+        return [t.float() + 1 for t in tensors_of(results)]
+
+    found = torch.compile(whole, fullgraph=True, backend="aot_eager")(*inputs)
+    assert same(out, plain) or op.name == "flow_step"  # whose last result may be another's
+    for actual, wanted in zip(found, tensors_of(plain), strict=True):
+        assert torch.equal(actual, wanted.float() + 1)
