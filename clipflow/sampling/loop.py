@@ -46,7 +46,7 @@ class SamplingLoop:
         self.rows = torch.empty(
             (2 * B if any(guided) else B, *rest), dtype=model_dtype, device=device
         )
-        keeps = any(entry.takes_kept for entry in table)
+        keeps = any(entry.solver != "euler" for entry in table)
         self.kept = torch.empty(tuple(shape), **state) if keeps else self.latents
         looks_ahead = not all(entry.ends_step for entry in table)
         self.ahead = torch.empty(tuple(shape), **state) if looks_ahead else None
