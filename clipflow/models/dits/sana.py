@@ -175,9 +175,12 @@ class SanaTransformer(nn.Module):
     @torch.no_grad()
     def denoiser(self, spec: PlanSpec) -> SanaDenoiser:
         """The transformer prepared for a sampling plan; see `clipflow.sampling.PlanCache`."""
+        from clipflow.models.dits.linears import can_quantize
         from clipflow.models.dits.sana_denoiser import SanaDenoiser
+        from clipflow.models.dits.sana_quantized import QuantizedSanaDenoiser
 
-        return SanaDenoiser(self, spec)
+        quantized = spec.tier == "fast" and can_quantize(spec.device)
+        return (QuantizedSanaDenoiser if quantized else SanaDenoiser)(self, spec)
 
     def plan_bytes(self, spec: PlanSpec) -> int:
         """Bytes that `denoiser` allocates, less what it keeps of the weights themselves."""

@@ -11,7 +11,7 @@ modulations) is computed for all steps at once; everything that depends on the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from clipflow import ops
 from clipflow.models.dits.condition_keys import ConditionKeys
+from clipflow.models.dits.linears import Linear, LinearLike, Operand, tokens_of
 from clipflow.models.dits.sana_buffers import Buffers
 from clipflow.nn.cross_attention import CrossAttention
 from clipflow.nn.glu_mbconv import GLUMBConv
@@ -32,31 +33,20 @@ if TYPE_CHECKING:
     from clipflow.models.dits.sana import SanaBlock, SanaTransformer
 
 
-class Linear:
-    """x W^T + b into a buffer."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight = weight.detach().flatten(1).t()
-        self.bias = None if bias is None else bias.detach()
-
-    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
-        if self.bias is None:
-            return torch.mm(x, self.weight, out=out)
-        return torch.addmm(self.bias, x, self.weight, out=out)
-
-
 class BlockWeights:
     """The matrices of one block; those that multiply the same tokens are packed."""
 
-    def __init__(self, block: SanaBlock, linear: type[Linear]) -> None:
+    def __init__(
+        self, block: SanaBlock, linear: Callable[[Tensor, Tensor | None], LinearLike]
+    ) -> None:
         own, cross, ff = block.attn1, block.attn2, block.ff
-        self.qkv = linear(packed([own.to_q.weight, own.to_k.weight, own.to_v.weight]))
+        self.qkv = linear(packed([own.to_q.weight, own.to_k.weight, own.to_v.weight]), None)
         self.own_out = linear(own.to_out[0].weight, own.to_out[0].bias)
         self.query = linear(cross.to_q.weight, cross.to_q.bias)
         self.cross_out = linear(cross.to_out[0].weight, cross.to_out[0].bias)
         self.inverted = linear(ff.conv_inverted.weight, ff.conv_inverted.bias)
         self.depth = (ff.conv_depth.weight.detach(), ff.conv_depth.bias.detach())
-        self.point = linear(ff.conv_point.weight)
+        self.point = linear(ff.conv_point.weight, None)
         # Keys and values are computed once per condition: always in full precision.
         self.key_value = Linear(
             packed([cross.to_k.weight, cross.to_v.weight]),
@@ -72,7 +62,7 @@ class SanaDenoiser:
         SamplingError: a module of the transformer was replaced or has hooks.
     """
 
-    linear: type[Linear] = Linear
+    linear: type[LinearLike] = Linear
 
     def __init__(self, dit: SanaTransformer, spec: PlanSpec) -> None:
         for part in (dit.patch_embed, dit.transformer_blocks, dit.proj_out):
@@ -94,11 +84,13 @@ class SanaDenoiser:
             "activations": self.buffers.nbytes,
         }
 
+    @torch.no_grad()
     def set_condition(self, null: Sequence[Tensor], cond: Sequence[Tensor]) -> None:
         weights = [block.key_value for block in self.blocks]
         for keys, tensors in zip(self.keys, ([null, cond] if null else [cond]), strict=True):
             keys.set(tensors, self.dit.embed_condition, weights)
 
+    @torch.no_grad()
     def velocity(self, rows: Tensor, index: int) -> Tensor:
         R = len(rows)
         modulation = [m.expand(R, -1) for m in self.modulation[index].unsqueeze(1)]
@@ -175,36 +167,36 @@ class SanaDenoiser:
         return buffers.normed
 
     def _self_attention(
-        self, block: BlockWeights, hidden: Tensor, normed: Tensor, gate: Tensor, buffers: Buffers
+        self, block: BlockWeights, hidden: Tensor, normed: Operand, gate: Tensor, buffers: Buffers
     ) -> None:
         R, N, D = hidden.shape
         heads = self.dit.config.num_attention_heads
-        qkv = block.qkv(_tokens(normed), buffers.wide(3 * D)).view(R, N, 3, heads, D // heads)
+        qkv = block.qkv(tokens_of(normed), buffers.wide(3 * D)).view(R, N, 3, heads, D // heads)
         mixed = buffers.middle(D)
         ops.linear_attention(*qkv.unbind(2), out=mixed.view(R, N, heads, D // heads))
-        branch = block.own_out(mixed, _tokens(buffers.branch))
+        branch = block.own_out(mixed, tokens_of(buffers.branch))
         hidden.addcmul_(gate, branch.view(R, N, D))
 
     def _cross_attention(self, number: int, hidden: Tensor, buffers: Buffers) -> None:
         block = self.blocks[number]
         R, N, D = hidden.shape
-        query = block.query(_tokens(hidden), buffers.wide(D)).view(R, N, D)
-        branch = _tokens(buffers.branch)
+        query = block.query(tokens_of(hidden), buffers.wide(D)).view(R, N, D)
+        branch = tokens_of(buffers.branch)
         # Null rows come first, and are left out of evaluations without guidance.
         B = self.spec.samples
         for half, keys in enumerate(self.keys[-(R // B) :]):
             mixed = keys.attend(number, query[half * B : (half + 1) * B])
             block.cross_out(mixed.view(B * N, D), branch[half * B * N : (half + 1) * B * N])
 
-    def _feed_forward(self, block: BlockWeights, normed: Tensor, buffers: Buffers) -> None:
+    def _feed_forward(self, block: BlockWeights, normed: Operand, buffers: Buffers) -> None:
         R, N, _ = buffers.branch.shape
         M = len(block.depth[1]) // 2
-        wide = block.inverted(_tokens(normed), buffers.wide(2 * M)).view(R, N, 2 * M)
+        wide = block.inverted(tokens_of(normed), buffers.wide(2 * M)).view(R, N, 2 * M)
         gated = buffers.middle(M)
         ops.glu_conv(
             wide, *block.depth, self.spec.latent_shape[1:], pre_silu=True, out=gated.view(R, N, M)
         )
-        block.point(gated, _tokens(buffers.branch))
+        block.point(gated, tokens_of(buffers.branch))
 
     def _project_out(self, normed: Tensor) -> Tensor:
         R, (h, w) = len(normed), self.spec.latent_shape[1:]
@@ -217,11 +209,6 @@ class SanaDenoiser:
             out=out,
         )
         return out.view(R, -1, h, w)
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """[R, N, D] as the rows of a matrix."""
-    return x.flatten(0, 1)
 
 
 def planned_classes() -> tuple[type[nn.Module], ...]:
