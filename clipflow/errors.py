@@ -19,6 +19,14 @@ class InputError(ValueError):
     """Something the user handed in (a file, a prompt, an option) cannot be used; one clear line."""
 
 
+class SamplingError(RuntimeError):
+    """A sampling run went wrong on its way, or a model cannot be planned."""
+
+
+class NotEnoughMemory(MemoryError):
+    """What was asked for does not fit into a device's free memory."""
+
+
 class BackendUnavailable(RuntimeError):
     """The backend asked for by name cannot run this call on this machine."""
 

@@ -239,6 +239,11 @@ def _checked(backend: str, source: str) -> str:
 _chosen = _checked(os.environ.get("CLIPFLOW_BACKEND", "auto"), "CLIPFLOW_BACKEND")
 
 
+def chosen_backend() -> str:
+    """What `use_backend` or CLIPFLOW_BACKEND chose; "auto" where neither did."""
+    return _chosen
+
+
 class use_backend:
     """Run every op on `backend` inside the `with` block; "auto" undoes an outer choice.
 
