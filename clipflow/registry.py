@@ -88,7 +88,7 @@ class Op:
         flops: arithmetic operations of a call, from its inputs and options.
         differentiable: whether the op has gradients.
         exact: whether every backend has eager's very bits in float32.
-        in_place: whether the first tensor of `out` may be the first input.
+        in_place: the positions at which a tensor of `out` may be the input of the same position.
         batch_invariant: whether a sample's bits are the same in every batch and thread count.
         truth: exact values in float64 from (inputs, options), to measure errors against, where
             that is not the reference on float64 inputs: for ops that round on purpose.
@@ -110,7 +110,7 @@ class Op:
     flops: Callable[..., int]
     differentiable: bool = True
     exact: bool = False
-    in_place: bool = False
+    in_place: frozenset[int] = frozenset()
     batch_invariant: bool = True
     truth: Callable[..., Output] | None = None
     decoded: Callable[[Output], Output] = lambda output: output

@@ -385,7 +385,7 @@ OP = register(
         flops=lambda latents, *_, **__: 12 * latents.numel(),
         differentiable=False,
         exact=True,
-        in_place=True,
+        in_place=frozenset({0, 2}),
     )
 )
 

@@ -72,8 +72,8 @@ def gated_residual_norm(
         norm: "layer" (zero mean, unit variance) or "rms" (unit mean square).
         eps: added to the variance or mean square, in squared units of `x`.
         out: (h, normed), tensors to write the results into and to return, like `x`, contiguous,
-            apart from each other and from all inputs, but that `h` may be `x` itself, in place;
-            None for new ones. "eager" computes elsewhere and copies.
+            apart from each other and from all inputs, but that `h` may be `x` itself, in place,
+            and `normed` may be `y`; None for new ones. "eager" computes elsewhere and copies.
         backend: "auto", or one of "eager", "native", "triton".
 
     Returns:
@@ -371,7 +371,7 @@ OP = register(
         any_case=_any_case,
         traffic="read x and y, write h and normed; modulation is B * D values each, or B * L * D",
         flops=lambda x, *_, **__: 10 * x.numel(),
-        in_place=True,
+        in_place=frozenset({0, 1}),
     )
 )
 

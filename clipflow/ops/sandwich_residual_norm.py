@@ -68,8 +68,8 @@ def sandwich_residual_norm(
         next_weight: of the norm of `h`, [D], as `x`; None for ones.
         eps: added to the mean squares, in squared units of `x`.
         out: (h, normed), tensors to write the results into and to return, like `x`, contiguous,
-            apart from each other and from all inputs, but that `h` may be `x` itself, in place;
-            None for new ones. "eager" computes elsewhere and copies.
+            apart from each other and from all inputs, but that `h` may be `x` itself, in place,
+            and `normed` may be `y`; None for new ones. "eager" computes elsewhere and copies.
         backend: "auto", or one of "eager", "native".
 
     Returns:
@@ -306,7 +306,7 @@ OP = register(
         any_case=_any_case,
         traffic="read x and y, write h and normed; modulation is B * D values each",
         flops=lambda x, *_, **__: 12 * x.numel(),
-        in_place=True,
+        in_place=frozenset({0, 1}),
     )
 )
 

@@ -18,7 +18,7 @@ const GatedResidualNormRows& rows() { return CLIPFLOW_CHOOSE(gated_residual_norm
 constexpr const char* kOp = "gated_residual_norm";
 constexpr const char* kBackwardOp = "gated_residual_norm_backward";
 
-// Writes h and normed, which are contiguous and like x; h may be x.
+// Writes h and normed, which are contiguous and like x; h may be x, and normed may be y.
 void write_gated_residual_norm(const Tensor& x, const Tensor& y, const Optional& gate,
                                const Optional& shift, const Tensor& scale,
                                const Optional& gate_table, const Optional& table, bool rms,

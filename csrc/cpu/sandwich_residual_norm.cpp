@@ -18,7 +18,7 @@ const SandwichResidualNormRows& rows() { return CLIPFLOW_CHOOSE(sandwich_residua
 constexpr const char* kOp = "sandwich_residual_norm";
 constexpr const char* kBackwardOp = "sandwich_residual_norm_backward";
 
-// Writes h and normed, which are contiguous and like x; h may be x.
+// Writes h and normed, which are contiguous and like x; h may be x, and normed may be y.
 void write_sandwich_residual_norm(const Tensor& x, const Tensor& y, const Tensor& gate,
                                   const Tensor& scale, const Optional& weight,
                                   const Optional& next_weight, double eps, const Tensor& h,

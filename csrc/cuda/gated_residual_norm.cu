@@ -174,7 +174,7 @@ void Backward<T>::long_rows() const {
 
 using Optional = std::optional<Tensor>;
 
-// Writes h and normed, which are contiguous and like x; h may be x.
+// Writes h and normed, which are contiguous and like x; h may be x, and normed may be y.
 void write_gated_residual_norm(const Tensor& x, const Tensor& y, const Optional& gate,
                                const Optional& shift, const Tensor& scale,
                                const Optional& gate_table, const Optional& table, bool rms,

@@ -170,7 +170,7 @@ void Backward<T>::long_rows() const {
 
 using Optional = std::optional<Tensor>;
 
-// Writes h and normed, which are contiguous and like x; h may be x.
+// Writes h and normed, which are contiguous and like x; h may be x, and normed may be y.
 void write_sandwich_residual_norm(const Tensor& x, const Tensor& y, const Tensor& gate,
                                   const Tensor& scale, const Optional& weight,
                                   const Optional& next_weight, double eps, const Tensor& h,

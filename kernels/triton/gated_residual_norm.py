@@ -205,7 +205,7 @@ def forward(
         table: [2, D], as `gate`.
         rms: RMSNorm, not LayerNorm.
         eps: added to the variance or mean square.
-        out: (h, normed) to write into, contiguous; h may be `x`. None for new tensors.
+        out: (h, normed) to write into, contiguous; h may be `x`, and normed `y`. None for new ones.
 
     Returns:
         (h, normed) like `x`; computed in float32. Arguments were checked by clipflow.ops.

@@ -152,7 +152,7 @@ def forward(
         scale: as `gate`.
         weight, next_weight: [D], contiguous.
         eps: added to the mean squares.
-        out: (h, normed) to write into, contiguous; h may be `x`. None for new tensors.
+        out: (h, normed) to write into, contiguous; h may be `x`, and normed `y`. None for new ones.
 
     Returns:
         (h, normed) like `x`; computed in float32. Arguments were checked by clipflow.ops.
