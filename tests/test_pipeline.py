@@ -180,7 +180,7 @@ def test_classify_equals_scores_without_a_cache(pipe, picture):
 def test_classify_takes_lists_and_many_labels(pipe, picture, monkeypatch):
     labels = ["a red circle", "a star", "two rings", "a cross", "a blue ring"]
     whole = pipe.classify([picture, picture], labels)
-    monkeypatch.setattr("clipflow.pipelines.understanding.LABELS_AT_ONCE", 2)
+    monkeypatch.setattr("clipflow.pipelines.understanding.TREE_TOKENS", 2)
     assert dict(pipe.classify(picture, labels)) == pytest.approx(dict(whole[0]))
     assert len(whole) == 2
 

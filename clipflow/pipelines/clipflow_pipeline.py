@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from clipflow.errors import InputError
-from clipflow.pipelines.arguments import broadcast, is_list, listed, paired, positive
+from clipflow.pipelines.arguments import broadcast, listed, paired, positive
 from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.image_processor import postprocess
+from clipflow.pipelines.language import LanguageCalls
 from clipflow.pipelines.options import (
     Generators,
     SamplingOptions,
@@ -22,22 +22,11 @@ from clipflow.pipelines.options import (
     picture_size,
 )
 from clipflow.pipelines.output import CLIPFlowPipelineOutput, Pictures, in_order
-from clipflow.pipelines.parts import UniLIPParts
-from clipflow.pipelines.prompts import LABEL_QUESTION, check_text
-from clipflow.pipelines.understanding import (
-    Reading,
-    answer_text,
-    greedy_tokens,
-    label_log_likelihoods,
-    text_pieces,
-)
+from clipflow.pipelines.prompts import check_text
 from clipflow.sampling.plan import StepCallback
 
-Answer = str | list[str] | Iterator[str]
-Ranking = list[tuple[str, float]]
 
-
-class CLIPFlowPipeline(UniLIPParts):
+class CLIPFlowPipeline(LanguageCalls):
     """One model that draws, edits, answers, classifies and reconstructs.
 
     Calls follow the conventions of diffusers. Nothing here is trained: all calls run without
@@ -201,77 +190,6 @@ class CLIPFlowPipeline(UniLIPParts):
         scaled = latents * self.model.config.unilip_factor
         return self._output(self._pictures(scaled, output_type), return_dict)
 
-    def ask(
-        self,
-        image: ImageInput | Sequence[ImageInput],
-        question: str | Sequence[str],
-        *,
-        max_new_tokens: int | None = None,
-        stream: bool = False,
-    ) -> Answer:
-        """Answer questions about pictures, by greedy decoding.
-
-        Args:
-            image: a picture or a list: paths, PIL images, arrays or tensors.
-            question: one for all pictures or one for each (a single picture may have several).
-            max_new_tokens: longest answer; the model's default when not given.
-            stream: yield pieces of text that join to the answer; a single question only.
-
-        Returns:
-            The answer; a list of answers if either argument is a list; an iterator if streamed.
-
-        Raises:
-            InputError: a picture that cannot be read, an empty question, lists that do not match.
-        """
-        images, questions = paired(listed(image), listed(question))
-        texts = [self.prompts.question(check_text("question", q)) for q in questions]
-        limit = self.defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
-        positive("max_new_tokens", limit)
-        stop = self.model.config.tokens.im_end
-        if stream and len(texts) != 1:
-            raise InputError(f"stream=True must have one question, got {len(texts)}")
-        tokens = greedy_tokens(self._read(images, texts), stop, limit)
-        if stream:
-            return text_pieces(self.tokenizer, tokens, stop)
-        rows = zip(*tokens, strict=True)
-        answers = [answer_text(self.tokenizer, [t for t in row if t != stop]) for row in rows]
-        return answers if is_list(image) or is_list(question) else answers[0]
-
-    def classify(
-        self,
-        image: ImageInput | Sequence[ImageInput],
-        labels: Sequence[str],
-        *,
-        question: str = LABEL_QUESTION,
-    ) -> Ranking | list[Ranking]:
-        """Rank labels by the language model's likelihood of each as the answer to `question`.
-
-        A label's score is the sum of its tokens' log-likelihoods, its end included; probabilities
-        are the softmax of the scores over `labels`. Nothing is calibrated or divided by length.
-
-        Args:
-            image: a picture or a list: paths, PIL images, arrays or tensors.
-            labels: at least one text.
-            question: the labels are read as its answers.
-
-        Returns:
-            [(label, probability)], likeliest first; a list of those for a list of pictures.
-
-        Raises:
-            InputError: a picture that cannot be read, no labels or an empty one.
-        """
-        if isinstance(labels, str) or not labels:
-            raise InputError(f"labels must be a list of at least one text, got {labels!r}")
-        stop = self.model.config.tokens.im_end
-        ids = [[*self.prompts.ids(check_text("label", text)), stop] for text in labels]
-        text = self.prompts.question(check_text("question", question))
-        rankings = []
-        for one in listed(image):
-            scores = label_log_likelihoods(self._read([one], [text]), ids)
-            pairs = zip(labels, scores.softmax(0).tolist(), strict=True)
-            rankings.append(sorted(pairs, key=lambda pair: -pair[1]))
-        return rankings if is_list(image) else rankings[0]
-
     def _options(
         self,
         prompts: int,
@@ -347,14 +265,6 @@ class CLIPFlowPipeline(UniLIPParts):
         decoded = self.model.decode(latents.float() / self.model.config.unilip_factor)
         size = self.model.config.output_size if native else None
         return postprocess(decoded, size, output_type)
-
-    def _features(self, images: Sequence[ImageInput]) -> Tensor:
-        return self.model.encode_image(self.image_processor(images).to(self.device, self.dtype))
-
-    @torch.no_grad()
-    def _read(self, images: Sequence[ImageInput], texts: Sequence[str]) -> Reading:
-        ids, mask = self.prompts.rows(texts, self.device)
-        return Reading(self.model, ids, mask, self._features(images))
 
     @staticmethod
     def _output(pictures: Pictures, return_dict: bool) -> CLIPFlowPipelineOutput | tuple[Pictures]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from clipflow.models.unilip import UniLIPModel
@@ -13,7 +15,7 @@ from clipflow.models.unilip.loading import materialize_rotary
 from clipflow.pipelines.conditions import ConditionCache, ConditionEncoder
 from clipflow.pipelines.generation_defaults import FILE_NAME as GENERATION_FILE
 from clipflow.pipelines.generation_defaults import GenerationDefaults
-from clipflow.pipelines.image_io import write_atomically
+from clipflow.pipelines.image_io import ImageInput, write_atomically
 from clipflow.pipelines.image_processor import FILE_NAME as PROCESSOR_FILE
 from clipflow.pipelines.image_processor import ImageProcessor
 from clipflow.pipelines.loading import load_tokenizer, load_unilip
@@ -138,3 +140,6 @@ class UniLIPParts:
     def set_progress_bar_config(self, **config: object) -> None:
         """Options of the tqdm bar of later calls, e.g. `disable=True`."""
         self._progress_bar_config = config
+
+    def _features(self, images: Sequence[ImageInput]) -> Tensor:
+        return self.model.encode_image(self.image_processor(images).to(self.device, self.dtype))
