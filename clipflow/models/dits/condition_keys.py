@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from clipflow import ops
 from clipflow.errors import ShapeError
 from clipflow.sampling.plan import PlanSpec
+from clipflow.sampling.weights import version_of
 
 
 class ConditionKeys:
@@ -59,7 +60,7 @@ class ConditionKeys:
         Raises:
             ShapeError: a condition is longer than there is room.
         """
-        source = [(tensor, tensor._version) for tensor in conditions]
+        source = [(tensor, version_of(tensor)) for tensor in conditions]
         if len(source) == len(self._source) and all(
             new is old and version == seen
             for (new, version), (old, seen) in zip(source, self._source, strict=True)
