@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, LuminaPipeline
 
 import clipflow
 from tests import tiny_diffusers as tiny
@@ -130,6 +131,28 @@ def test_compiled(name):
     with torch.no_grad():
         expected, got = fused(**call())[0], compiled(**call())[0]
     assert (got - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("lumina2", Lumina2Pipeline), ("lumina-next", LuminaPipeline)]
+)
+def test_inside_the_stock_pipeline(name, kind):
+    stock, fused, _ = both(name)
+    embeds = torch.randn(2, 1, 9, 12)
+    masks = [tiny.token_mask(length, tokens=9) for length in (2, 6)]
+    images = []
+    for model in (stock, fused):
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        nothing = {"vae": None, "text_encoder": None, "tokenizer": None}
+        pipe = kind(transformer=model, scheduler=scheduler, **nothing)
+        pipe.set_progress_bar_config(disable=True)
+        images += pipe(
+            prompt=None, negative_prompt=None, num_inference_steps=3, height=64, width=96,
+            prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], output_type="latent",
+            prompt_attention_mask=masks[0], negative_prompt_attention_mask=masks[1],
+            generator=torch.Generator().manual_seed(3), guidance_scale=4.0, return_dict=False,
+        )  # fmt: skip
+    assert (images[1] - images[0]).norm() <= 1e-5 * images[0].norm()
 
 
 LATER = {
