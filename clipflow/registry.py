@@ -215,6 +215,11 @@ def _checked(backend: str, source: str) -> str:
 _chosen = _checked(os.environ.get("CLIPFLOW_BACKEND", "auto"), "CLIPFLOW_BACKEND")
 
 
+def chosen_backend() -> str:
+    """The backend that `use_backend` or CLIPFLOW_BACKEND names at this moment, or "auto"."""
+    return _chosen
+
+
 class use_backend:
     """Run every op on `backend` inside the `with` block; "auto" undoes an outer choice.
 
