@@ -61,14 +61,10 @@ def attention(attn: nn.Module, hidden_states: Tensor) -> Tensor:
     x = tokens_last(hidden_states)
     tokens = x.flatten(1, 2)
     qkv = torch.cat([attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)], dim=-1)
-    scales = [qkv]
-    if len(attn.to_qkv_multiscale):
-        image = channels_first(qkv.unflatten(1, x.shape[1:3]))
-        scales += [tokens_last(scale(image)).flatten(1, 2) for scale in attn.to_qkv_multiscale]
-    mixed = [
-        ops.linear_attention(*_heads(scale, attn.attention_head_dim), eps=attn.eps).flatten(2)
-        for scale in scales
-    ]
+    image = channels_first(qkv.unflatten(1, x.shape[1:3]))
+    K = attn.attention_head_dim
+    heads = [_heads(qkv, K), *(_scaled_heads(scale, image, K) for scale in attn.to_qkv_multiscale)]
+    mixed = [ops.linear_attention(q, k, v, eps=attn.eps).flatten(2) for q, k, v in heads]
     y = attn.to_out(torch.cat(mixed, dim=-1)).view_as(x)
     return channels_first(rms_norm(attn.norm_out, y, x if attn.residual_connection else None))
 
@@ -76,6 +72,20 @@ def attention(attn: nn.Module, hidden_states: Tensor) -> Tensor:
 def _heads(qkv: Tensor, K: int) -> tuple[Tensor, ...]:
     """Queries, keys, values [B, N, H, K]: every 3K consecutive channels are one head's."""
     return qkv.unflatten(-1, (-1, 3, K)).unbind(3)
+
+
+def _scaled_heads(scale: nn.Module, qkv: Tensor, K: int) -> tuple[Tensor, ...]:
+    """`_heads` of what `SanaMultiscaleAttentionProjection` makes of the image `qkv` [B, 3HK, ...].
+
+    Its second convolution mixes the K channels of each query, key and value: a matrix product.
+    """
+    if not checks.plain(nn.Conv2d, scale.proj_out) or checks.hooked(scale):
+        return _heads(tokens_last(scale(qkv)).flatten(1, 2), K)
+    tokens = tokens_last(scale.proj_in(qkv)).flatten(1, 2)
+    weight = scale.proj_out.weight.view(-1, K, K).transpose(1, 2)
+    groups = tokens.flatten(0, 1).unflatten(-1, (-1, K)).transpose(0, 1)  # [3H, B*N, K]
+    mixed = torch.bmm(groups, weight).unflatten(1, tokens.shape[:2]).unflatten(0, (-1, 3))
+    return mixed.permute(2, 3, 0, 1, 4).unbind(3)
 
 
 def glu_mbconv(block: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -152,9 +162,10 @@ def decoder(module: nn.Module, hidden_states: Tensor) -> Tensor:
 
 def enter(module: nn.Module, latents: Tensor) -> Tensor:
     """The decoder's first convolution, of `latents` [B, C, h, w], with its shortcut."""
-    x = latents.contiguous(memory_format=torch.channels_last)
-    y = module.conv_in(x)
-    return y + x.repeat_interleave(module.in_shortcut_repeats, dim=1) if module.in_shortcut else y
+    x = module.conv_in(latents)
+    if module.in_shortcut:
+        x = x + latents.repeat_interleave(module.in_shortcut_repeats, dim=1)
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def leave(module: nn.Module, hidden_states: Tensor) -> Tensor:

@@ -23,9 +23,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from clipflow.registry import chosen_backend
 
-# Narrower or smaller images are faster by the plain sum, and more exact (measured on 2 cores).
-LEAST_CHANNELS, LEAST_PIXELS = 128, 1024
-LEAST_REPEATED_CHANNELS, LEAST_REPEATED_PIXELS = 64, 256
+# (channels, pixels): with fewer the plain sum is faster, and more exact (measured on 2 cores).
+LEAST, LEAST_REPEATED = (128, 1024), (48, 64)
 BAND_TILES = 256  # tiles at a time: what they become stays in the caches
 
 P, Q = 0.75, 1.5  # the points +-P and +-Q
@@ -52,25 +51,25 @@ def conv3x3(image: Tensor, weight: Tensor, bias: Tensor | None, *, silu: bool = 
         silu: apply SiLU to the result.
     """
     H, W = image.shape[1:3]
-    if _winograd(image, weight, bias) and H % SIDE == W % SIDE == 0:
+    if H % SIDE == W % SIDE == 0 and _winograd(image, weight, bias, LEAST):
         return _bands(image, weight, bias, silu, _tile_products, step=SIDE, scale=1)
     y = F.conv2d(image.permute(0, 3, 1, 2), weight, bias, padding=1).permute(0, 2, 3, 1)
-    return F.silu(y) if silu else y
+    return F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y
 
 
 def repeated_conv3x3(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`conv3x3` of the image with every pixel repeated 2x2; returns [B, 2H, 2W, K]."""
-    if _winograd(image, weight, bias):
+    if _winograd(image, weight, bias, LEAST_REPEATED):
         return _bands(image, weight, bias, False, _repeated_products, step=1, scale=2)
     large = F.interpolate(image.permute(0, 3, 1, 2), scale_factor=2, mode="nearest")
     return F.conv2d(large, weight, bias, padding=1).permute(0, 2, 3, 1)
 
 
-def _winograd(image: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _winograd(image: Tensor, weight: Tensor, bias: Tensor | None, least: tuple[int, int]) -> bool:
     """Whether this call gains from Winograd's form, and the form can have it."""
     if image.dtype is not torch.float32 or not image.is_cpu or image.numel() == 0:
         return False
-    if image.shape[1] * image.shape[2] < LEAST_PIXELS or min(weight.shape[:2]) < LEAST_CHANNELS:
+    if min(weight.shape[:2]) < least[0] or image.shape[1] * image.shape[2] < least[1]:
         return False
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (image, weight, bias)
