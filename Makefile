@@ -27,7 +27,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto \
-	    tests/test_ops.py tests/test_ops_properties.py \
+	    tests/test_ops.py tests/test_ops_out.py tests/test_ops_properties.py \
 	    tests/test_pictures_of_backends.py \
 	    tests/triton_interpret
 

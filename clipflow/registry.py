@@ -88,6 +88,7 @@ class Op:
         flops: arithmetic operations of a call, from its inputs and options.
         differentiable: whether the op has gradients.
         exact: whether every backend has eager's very bits in float32.
+        in_place: the positions at which a tensor of `out` may be the input of the same position.
         batch_invariant: whether a sample's bits are the same in every batch and thread count.
         truth: exact values in float64 from (inputs, options), to measure errors against, where
             that is not the reference on float64 inputs: for ops that round on purpose.
@@ -109,6 +110,7 @@ class Op:
     flops: Callable[..., int]
     differentiable: bool = True
     exact: bool = False
+    in_place: frozenset[int] = frozenset()
     batch_invariant: bool = True
     truth: Callable[..., Output] | None = None
     decoded: Callable[[Output], Output] = lambda output: output
@@ -151,6 +153,28 @@ def register(op: Op) -> Op:
 def all_ops() -> tuple[Op, ...]:
     """Every registered op, in the order of registration; `import clipflow.ops` registers them."""
     return tuple(_ops.values())
+
+
+def out_schema(schema: str, *results: str) -> str:
+    """The schema of `<op>_out`: that of `<op>`, writing into tensors given for its results."""
+    arguments = schema[: schema.rindex(") -> ")]
+    given = [f"Tensor({mark}!) {name}" for mark, name in zip("abc", results, strict=False)]
+    return f"{', '.join([arguments, *given])}) -> ()"
+
+
+def fake_out(*_: object) -> None:
+    """The fake kernel of an op whose results are arguments."""
+
+
+def into(out: Output | None, result: Output) -> Output:
+    """`result`, copied into the tensors of `out` where they are given."""
+    if out is None:
+        return result
+    if isinstance(out, Tensor):
+        return out.copy_(result)
+    for target, value in zip(out, result, strict=True):
+        target.copy_(value)
+    return tuple(out)
 
 
 def eager(reference: Callable[..., Output]) -> Implementation:
@@ -216,7 +240,7 @@ _chosen = _checked(os.environ.get("CLIPFLOW_BACKEND", "auto"), "CLIPFLOW_BACKEND
 
 
 def chosen_backend() -> str:
-    """The backend that `use_backend` or CLIPFLOW_BACKEND names at this moment, or "auto"."""
+    """What `use_backend` or CLIPFLOW_BACKEND chose; "auto" where neither did."""
     return _chosen
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,15 +23,36 @@ def backends_under_test(op: Op) -> list[str]:
     return [name for name in op.order if name != "eager"]
 
 
+def takes_out(op: Op) -> bool:
+    """Whether the results can be written into tensors that the caller gives."""
+    return "out" in inspect.signature(op.public).parameters
+
+
 def run(op: Op, case: Case, inputs: tuple[Tensor, ...], backend: str) -> Output:
     return case.of(op.public)(*inputs, **case.options(inputs[0].device), backend=backend)
+
+
+def tensors_of(output: Output) -> tuple[Tensor, ...]:
+    return (output,) if isinstance(output, Tensor) else tuple(output)
+
+
+def outs_like(output: Output) -> Output:
+    """Tensors to write `output` into, full of what is not in it."""
+    outs = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors_of(output))
+    for out in outs:
+        out.view(-1).view(torch.uint8).fill_(0x55)
+    return outs[0] if isinstance(output, Tensor) else outs
+
+
+def run_into(op: Op, case: Case, inputs: tuple[Tensor, ...], backend: str, out: Output) -> Output:
+    options = case.options(inputs[0].device)
+    return case.of(op.public)(*inputs, **options, out=out, backend=backend)
 
 
 def outputs(op: Op, output: Output, prefix: str = "y") -> dict[str, Tensor]:
     """What of `output` is compared, by name: "y_0", "y_1", ..."""
     decoded = op.decoded(output)
-    decoded = (decoded,) if isinstance(decoded, Tensor) else decoded
-    return {f"{prefix}_{i}": tensor for i, tensor in enumerate(decoded)}
+    return {f"{prefix}_{i}": tensor for i, tensor in enumerate(tensors_of(decoded))}
 
 
 def results(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_calls import Recorder, outputs, results
+from op_calls import Recorder, outputs, outs_like, results, run, run_into, takes_out
 from test_ops import one_case, parametrize
 from torch._dynamo.testing import CompileCounter
 
@@ -16,7 +16,11 @@ def test_registration(op, case, backend, device):
         pytest.skip("only compiled kernels are registered with PyTorch")
     with Recorder() as recorder:
         for each in op.cases:
-            results(op, each, each.inputs(device, torch.float32), backend)
+            inputs = each.inputs(device, torch.float32)
+            results(op, each, inputs, backend)
+            if takes_out(op):
+                with torch.no_grad():
+                    run_into(op, each, inputs, backend, outs_like(run(op, each, inputs, backend)))
     assert {func._opname for func, _ in recorder.calls} == set(op.schemas)
     for func, args in {func: (func, args) for func, args in recorder.calls}.values():
         plain = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)

@@ -180,7 +180,7 @@ def test_classify_equals_scores_without_a_cache(pipe, picture):
 def test_classify_takes_lists_and_many_labels(pipe, picture, monkeypatch):
     labels = ["a red circle", "a star", "two rings", "a cross", "a blue ring"]
     whole = pipe.classify([picture, picture], labels)
-    monkeypatch.setattr("clipflow.pipelines.understanding.LABELS_AT_ONCE", 2)
+    monkeypatch.setattr("clipflow.pipelines.understanding.TREE_TOKENS", 2)
     assert dict(pipe.classify(picture, labels)) == pytest.approx(dict(whole[0]))
     assert len(whole) == 2
 
@@ -309,7 +309,7 @@ def test_calls_give_the_recorded_latents_and_picture(tag, monkeypatch):
     recorded = fixture.tensors
     pipe = CLIPFlowPipeline(fixture.model, tiny_pipeline().tokenizer)
     pipe.set_progress_bar_config(disable=True)
-    tokens = [recorded[f"{tag}.{name}"].flip(0) for name in ("input_ids", "attention_mask")]
+    tokens = [recorded[f"{tag}.{name}"] for name in ("input_ids", "attention_mask")]
     monkeypatch.setattr(pipe.prompts, "rows", lambda texts, device: tokens)
     monkeypatch.setattr(pipe, "image_processor", lambda images: recorded["image.pixel_values"])
     options = {"latents": recorded["noise"], "guidance_scale": 4.5}

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 import torch
-from diffusers import SanaTransformer2DModel
+from diffusers import Lumina2Transformer2DModel, LuminaNextDiT2DModel, SanaTransformer2DModel
+from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from torch import Tensor, nn
 
 Arguments = dict[str, object]
@@ -35,6 +36,58 @@ def sana_call(dtype: torch.dtype = torch.float32, lengths: tuple[int, ...] = (5,
         "attention_kwargs": None,
         "return_dict": False,
     }
+
+
+def lumina2(**config: object) -> Lumina2Transformer2DModel:
+    sizes = {
+        "patch_size": 2, "in_channels": 4, "hidden_size": 48, "num_layers": 2, "multiple_of": 16,
+        "num_refiner_layers": 1, "num_attention_heads": 4, "num_kv_heads": 2, "cap_feat_dim": 12,
+        "axes_dim_rope": (4, 4, 4), "axes_lens": (30, 32, 32),
+    }  # fmt: skip
+    return _noisy(Lumina2Transformer2DModel(**sizes | config))
+
+
+def lumina_next(**config: object) -> LuminaNextDiT2DModel:
+    sizes = {
+        "patch_size": 2, "in_channels": 4, "hidden_size": 48, "num_layers": 2, "multiple_of": 16,
+        "num_attention_heads": 4, "num_kv_heads": 2, "cross_attention_dim": 12,
+    }  # fmt: skip
+    return _noisy(LuminaNextDiT2DModel(**sizes | config))
+
+
+def _noisy(model: nn.Module) -> nn.Module:
+    """Norm weights and zero gates start where mistakes would not be seen."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
+def lumina2_call(
+    dtype: torch.dtype = torch.float32, lengths: tuple[int, ...] = (5, 9)
+) -> Arguments:
+    """What `Lumina2Pipeline` passes for two samples."""
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "hidden_states": torch.randn(2, 4, 8, 12, generator=generator).to(dtype),
+        "timestep": torch.tensor([0.3, 0.7]).to(dtype),
+        "encoder_hidden_states": torch.randn(2, 9, 12, generator=generator).to(dtype),
+        "encoder_attention_mask": token_mask(*lengths, tokens=9),
+        "attention_kwargs": None,
+        "return_dict": False,
+    }
+
+
+def lumina_next_call(
+    dtype: torch.dtype = torch.float32, lengths: tuple[int, ...] = (5, 9)
+) -> Arguments:
+    """What `LuminaPipeline` passes for two samples."""
+    call = lumina2_call(dtype, lengths)
+    call["encoder_mask"] = call.pop("encoder_attention_mask")
+    del call["attention_kwargs"]
+    rope = get_2d_rotary_pos_embed_lumina(12, 32, 32, linear_factor=1.0, ntk_factor=1.0)
+    return call | {"image_rotary_emb": rope, "cross_attention_kwargs": {}}
 
 
 def in_dtype(arguments: Arguments, dtype: torch.dtype) -> Arguments:

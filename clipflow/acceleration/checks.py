@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -29,6 +30,18 @@ def check_value(name: str, found: object, *wanted: object) -> None:
         raise refuse(name, repr(found), " or ".join(map(repr, wanted)))
 
 
+def check_plain_layer_norm(name: str, norm: object) -> None:
+    """Raise unless `norm` is a LayerNorm without weight and bias."""
+    check_type(name, norm, nn.LayerNorm)
+    check_value(f"{name}.elementwise_affine", norm.elementwise_affine, False)
+
+
+def check_linear_layers(name: str, part: nn.Module, *wanted: str) -> None:
+    """Raise unless the submodules `wanted` of `part` are `torch.nn.Linear`."""
+    for layer in wanted:
+        check_type(f"{name}.{layer}", part.get_submodule(layer), nn.Linear)
+
+
 def check_parameters(function: Callable[..., object], *wanted: str) -> None:
     """Raise unless a diffusers function still has exactly these parameters, `self` left out."""
     found = tuple(inspect.signature(function).parameters)
@@ -52,9 +65,9 @@ def check_untouched(module: nn.Module) -> None:
         if not kind.__module__.startswith(LIBRARIES):
             raise refuse(name, full_name(kind), "a layer of torch.nn or diffusers.models")
         if not bare(part):
-            raise refuse(name, f"a {kind.__name__} with hooks or a forward of its own", "none")
+            raise refuse(name, f"{kind.__name__} with hooks or a forward of its own", "none")
         if part._compiled_call_impl is not None:
-            raise refuse(name, f"a compiled {kind.__name__}", "compiling after accelerate")
+            raise refuse(name, f"compiled {kind.__name__}", "compiling after accelerate")
         for parameter_name, parameter in part.named_parameters(name, recurse=False):
             if type(parameter) is not nn.Parameter or parameter.dtype not in FLOATING:
                 found = f"{full_name(type(parameter))} in {parameter.dtype}"
@@ -74,6 +87,12 @@ def hooked(module: nn.Module) -> bool:
 def bare(*modules: nn.Module) -> bool:
     """Whether none of `modules` has hooks or a forward other than its class's."""
     return not any(hooked(module) or "forward" in module.__dict__ for module in modules)
+
+
+def carries(module: nn.Module, forward: Callable[..., object]) -> bool:
+    """Whether calling `module` runs the replacement `forward` and nothing else."""
+    own = module.__dict__.get("forward")
+    return type(own) is partial and own.func is forward and not hooked(module)
 
 
 def plain(wanted: type, *modules: nn.Module) -> bool:

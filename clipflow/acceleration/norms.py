@@ -20,11 +20,16 @@ def rms_norm(self: RMSNorm, hidden_states: Tensor) -> Tensor:
     return ops.adaln_norm(x, None, ones, weight=weight, norm="rms", eps=self.eps)
 
 
-def rms_norm_replacement(name: str, norm: object) -> Replacement:
-    """`norm` on `rms_norm`; raises AccelerationError unless it is an RMSNorm with a weight only."""
+def check_rms_norm(name: str, norm: object) -> None:
+    """Raise AccelerationError unless `norm` is an RMSNorm with a weight only."""
     checks.check_parameters(RMSNorm.forward, "hidden_states")
     checks.check_type(name, norm, RMSNorm)
     if norm.weight is None or norm.bias is not None:
         found = "an RMSNorm without a weight" if norm.weight is None else "an RMSNorm with a bias"
         raise checks.refuse(name, found, "a weight and no bias")
+
+
+def rms_norm_replacement(name: str, norm: object) -> Replacement:
+    """`norm` on `rms_norm`, if it is an RMSNorm with a weight only."""
+    check_rms_norm(name, norm)
     return Replacement(name=name, module=norm, by=rms_norm, ops="adaln_norm")

@@ -26,15 +26,18 @@ from diffusers.models.transformers.sana_transformer import (
     SanaTransformerBlock,
 )
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from clipflow import ops
 from clipflow.acceleration import checks
 from clipflow.acceleration.conditions import is_token_mask, real_tokens
+from clipflow.acceleration.int8 import is_pointwise, pointwise
 from clipflow.acceleration.norms import rms_norm_replacement
+from clipflow.acceleration.patches import unpatchify
 from clipflow.acceleration.replace import Recipe, Replacement
+from clipflow.acceleration.specimens import randomized
 
 LARGEST_HALF = 65504
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class SanaSelfAttention:
@@ -96,14 +99,15 @@ def mix_ffn(self: GLUMBConv, hidden_states: Tensor) -> Tensor:
 
 
 def _ffn_is_plain(ff: GLUMBConv) -> bool:
-    return checks.plain(nn.Conv2d, ff.conv_inverted, ff.conv_depth, ff.conv_point)
+    return checks.plain(nn.Conv2d, ff.conv_depth) and all(
+        map(is_pointwise, (ff.conv_inverted, ff.conv_point))
+    )
 
 
 def _mix_tokens(ff: GLUMBConv, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    x = F.linear(tokens, ff.conv_inverted.weight.flatten(1), ff.conv_inverted.bias)
-    depth = ff.conv_depth
+    x, depth = pointwise(ff.conv_inverted, tokens), ff.conv_depth
     x = ops.glu_conv(x, depth.weight.to(x.dtype), depth.bias.to(x.dtype), grid, pre_silu=True)
-    return F.linear(x, ff.conv_point.weight.flatten(1))
+    return pointwise(ff.conv_point, x)
 
 
 def block(
@@ -134,14 +138,14 @@ def block(
     return torch.addcmul(hidden, _gate(self, modulation, 5), branch)
 
 
-def _block_is_plain(block: SanaTransformerBlock) -> bool:
+def _block_is_plain(part: SanaTransformerBlock) -> bool:
     return (
-        type(block.attn1.processor) is SanaSelfAttention
-        and type(block.attn2.processor) is SanaCrossAttention
-        and _ffn_is_plain(block.ff)
-        and not checks.hooked(block.ff)
-        and checks.bare(block.attn1, block.attn2)
-        and checks.plain(nn.LayerNorm, block.norm1, block.norm2)
+        type(part.attn1.processor) is SanaSelfAttention
+        and type(part.attn2.processor) is SanaCrossAttention
+        and checks.bare(part.attn1, part.attn2)
+        and checks.plain(nn.LayerNorm, part.norm1, part.norm2)
+        and checks.carries(part.ff, mix_ffn)
+        and _ffn_is_plain(part.ff)
     )
 
 
@@ -226,16 +230,15 @@ def transformer(
         self, hidden, modulation, embedding.to(hidden.dtype), condition, mask, tuple(grid),
         controlnet_block_samples or (),
     )  # fmt: skip
-    patches = self.proj_out(normed).unflatten(-1, (patch, patch, -1)).unflatten(1, grid)
-    sample = patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    sample = unpatchify(self.proj_out(normed), tuple(grid), patch)
     return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
 def _is_plain(model: SanaTransformer2DModel) -> bool:
     return (
-        all(_block_is_plain(block) for block in model.transformer_blocks)
-        and not any(checks.hooked(block) for block in model.transformer_blocks)
-        and not checks.hooked(model.norm_out)
+        all(_block_is_plain(part) for part in model.transformer_blocks)
+        and all(checks.carries(part, block) for part in model.transformer_blocks)
+        and checks.carries(model.norm_out, norm_out)
         and checks.plain(nn.LayerNorm, model.norm_out.norm)
     )
 
@@ -284,7 +287,7 @@ def replacements(model: SanaTransformer2DModel) -> Iterator[Replacement]:
     checks.check_type("patch_embed", model.patch_embed, PatchEmbed)
     checks.check_type("caption_projection", model.caption_projection, PixArtAlphaTextProjection)
     checks.check_type("norm_out", model.norm_out, SanaModulatedNorm)
-    _check_norm("norm_out.norm", model.norm_out.norm)
+    checks.check_plain_layer_norm("norm_out.norm", model.norm_out.norm)
     for index, part in enumerate(model.transformer_blocks):
         name = f"transformer_blocks.{index}"
         yield from _block_replacements(name, part)
@@ -320,7 +323,7 @@ def _check_versions() -> None:
 def _block_replacements(name: str, part: SanaTransformerBlock) -> Iterator[Replacement]:
     checks.check_type(name, part, SanaTransformerBlock)
     for norm in ("norm1", "norm2"):
-        _check_norm(f"{name}.{norm}", getattr(part, norm, None))
+        checks.check_plain_layer_norm(f"{name}.{norm}", getattr(part, norm, None))
     for attn, stock in (("attn1", SanaLinearAttnProcessor2_0), ("attn2", SanaAttnProcessor2_0)):
         _check_attention(f"{name}.{attn}", getattr(part, attn, None), stock)
     checks.check_type(f"{name}.ff", part.ff, GLUMBConv)
@@ -341,17 +344,41 @@ def _block_replacements(name: str, part: SanaTransformerBlock) -> Iterator[Repla
     yield Replacement(name=name, module=part, by=block, ops="adaln_norm, gated_residual_norm")
 
 
-def _check_norm(name: str, norm: nn.Module | None) -> None:
-    checks.check_type(name, norm, nn.LayerNorm)
-    checks.check_value(f"{name}.elementwise_affine", norm.elementwise_affine, False)
-
-
 def _check_attention(name: str, attn: nn.Module | None, stock: type) -> None:
     checks.check_type(name, attn, Attention)
     checks.check_type(f"{name}.processor", attn.processor, stock)
     checks.check_value(f"{name}.rescale_output_factor", attn.rescale_output_factor, 1.0)
-    for projection in ("to_q", "to_k", "to_v", "to_out.0"):
-        checks.check_type(f"{name}.{projection}", attn.get_submodule(projection), nn.Linear)
+    checks.check_linear_layers(name, attn, *PROJECTIONS)
 
 
-RECIPE = Recipe(kind=SanaTransformer2DModel, replacements=replacements)
+def int8_layers(model: SanaTransformer2DModel) -> Iterator[str]:
+    """The linear layers of all blocks."""
+    projections = [f"{attn}.{key}" for attn, key in product(("attn1", "attn2"), PROJECTIONS)]
+    for index in range(len(model.transformer_blocks)):
+        for layer in (*projections, "ff.conv_inverted", "ff.conv_point"):
+            yield f"transformer_blocks.{index}.{layer}"
+
+
+def specimen() -> tuple[SanaTransformer2DModel, dict[str, object]]:
+    """A tiny model of every option that is accelerated, and a call of it."""
+    model = SanaTransformer2DModel(
+        in_channels=2, out_channels=2, num_layers=2, sample_size=4, qk_norm="rms_norm_across_heads",
+        num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2, patch_size=2,
+        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=4,
+    )  # fmt: skip
+    return randomized(model), {
+        "hidden_states": torch.randn(2, 2, 8, 6),
+        "encoder_hidden_states": torch.randn(2, 3, 4),
+        "timestep": torch.tensor([700, 30]),
+        "encoder_attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        "controlnet_block_samples": (torch.randn(2, 12, 16),),
+        "return_dict": False,
+    }
+
+
+RECIPE = Recipe(
+    kind=SanaTransformer2DModel,
+    replacements=replacements,
+    int8_layers=int8_layers,
+    specimen=specimen,
+)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from clipflow.errors import check_no_gradient, check_result
 from clipflow.modulation import (
     check_call,
     check_vector,
@@ -27,7 +28,17 @@ from clipflow.modulation import (
     modulation_grads,
     rows,
 )
-from clipflow.registry import Case, Op, eager, native, register, triton
+from clipflow.registry import (
+    Case,
+    Op,
+    eager,
+    fake_out,
+    into,
+    native,
+    out_schema,
+    register,
+    triton,
+)
 
 
 def adaln_norm(
@@ -39,6 +50,7 @@ def adaln_norm(
     table: Tensor | None = None,
     norm: str = "layer",
     eps: float = 1e-6,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Normalize `x` over channels and modulate it with a (shift, scale) pair per sample or token.
@@ -54,6 +66,9 @@ def adaln_norm(
         table: [2, D], as `x`: its rows are added to every `shift` and `scale`; None for zeros.
         norm: "layer" (zero mean, unit variance) or "rms" (unit mean square).
         eps: added to the variance or mean square, in squared units of `x`.
+        out: a tensor to write the result into and to return, of its shape, dtype and device,
+            contiguous, apart from all inputs; None for a new one. "eager" computes elsewhere and
+            copies.
         backend: "auto", or one of "eager", "native", "triton".
 
     Returns:
@@ -63,7 +78,8 @@ def adaln_norm(
     Raises:
         ShapeError: `x` has neither 3 nor 4 dimensions, or another tensor has not its shape above.
         TypeError: a dtype or device is not one of the above.
-        ValueError: there is no such norm.
+        ValueError: there is no such norm, or `out` is not contiguous.
+        RuntimeError: `out` is given where a gradient would be needed.
         BackendUnavailable: the named backend cannot run this call.
     """
     check_call("adaln_norm", x, scale, shift, norm=norm)
@@ -71,9 +87,12 @@ def adaln_norm(
         check_vector("adaln_norm", "weight", weight, x)
     if table is not None:
         check_vector("adaln_norm", "table", table, x, rows=(2,))
+    if out is not None:
+        check_result("adaln_norm", "out", out, x.shape, x.dtype, x.device)
+        check_no_gradient("adaln_norm", x, shift, scale, weight, table, out)
     name = OP.select(x, backend)
     if name == "eager":
-        return reference(x, shift, scale, weight=weight, table=table, norm=norm, eps=eps)
+        return into(out, reference(x, shift, scale, weight=weight, table=table, norm=norm, eps=eps))
     if torch.is_grad_enabled() and (
         x.requires_grad
         or scale.requires_grad
@@ -82,7 +101,7 @@ def adaln_norm(
         or (table is not None and table.requires_grad)
     ):
         return _AdaLNNorm.apply(x, shift, scale, weight, table, norm == "rms", eps, name)
-    return OP.backends[name].forward(x, shift, scale, weight, table, norm == "rms", eps)
+    return OP.backends[name].forward(x, shift, scale, weight, table, norm == "rms", eps, out)
 
 
 def reference(
@@ -131,9 +150,14 @@ def _native(
     table: Tensor | None,
     rms: bool,
     eps: float,
+    out: Tensor | None = None,
 ) -> Tensor:
     weight = weight if weight is None else weight.contiguous()
-    return _forward_op(x.contiguous(), rows(shift), rows(scale), weight, rows(table), rms, eps)
+    operands = (x.contiguous(), rows(shift), rows(scale), weight, rows(table), rms, eps)
+    if out is None:
+        return _forward_op(*operands)
+    _out_op(*operands, out)
+    return out
 
 
 def _native_backward(
@@ -150,11 +174,13 @@ def _triton(
     table: Tensor | None,
     rms: bool,
     eps: float,
+    out: Tensor | None = None,
 ) -> Tensor:
     from clipflow.kernels.triton import adaln_norm as kernel  # Triton is an optional dependency
 
     weight = weight if weight is None else weight.contiguous()
-    return kernel.forward(x.contiguous(), rows(shift), rows(scale), weight, rows(table), rms, eps)
+    operands = (x.contiguous(), rows(shift), rows(scale), weight, rows(table))
+    return kernel.forward(*operands, rms, eps, out)
 
 
 def _triton_backward(
@@ -226,19 +252,28 @@ def _any_case(rng: random.Random) -> Case:
     )
 
 
+# x [..., D], contiguous; shift and scale [S, D], table [2, D]: contiguous rows.
+SCHEMA = (
+    "(Tensor x, Tensor? shift, Tensor scale, Tensor? weight, Tensor? table, bool rms, float eps)"
+    " -> Tensor"
+)
+
 OP = register(
     Op(
         name="adaln_norm",
         schemas={
-            # x [..., D], contiguous; shift and scale [S, D], table [2, D]: contiguous rows.
-            "adaln_norm": "(Tensor x, Tensor? shift, Tensor scale, Tensor? weight, Tensor? table,"
-            " bool rms, float eps) -> Tensor",
+            "adaln_norm": SCHEMA,
+            "adaln_norm_out": out_schema(SCHEMA, "out"),
             # gain [S, D], contiguous, float32 (float64 for float64), as are d_offset and d_gain,
             # the sums of grad and grad * norm(x) over the tokens of each row of modulation.
             "adaln_norm_backward": "(Tensor grad, Tensor x, Tensor gain, bool rms, float eps)"
             " -> (Tensor, Tensor, Tensor)",
         },
-        fakes={"adaln_norm": _fake, "adaln_norm_backward": _fake_backward},
+        fakes={
+            "adaln_norm": _fake,
+            "adaln_norm_out": fake_out,
+            "adaln_norm_backward": _fake_backward,
+        },
         public=adaln_norm,
         reference=reference,
         backends={
@@ -267,4 +302,5 @@ OP = register(
 
 # Bound once: looking an op up by name costs 0.3 us a call.
 _forward_op = torch.ops.clipflow.adaln_norm.default
+_out_op = torch.ops.clipflow.adaln_norm_out.default
 _backward_op = torch.ops.clipflow.adaln_norm_backward.default

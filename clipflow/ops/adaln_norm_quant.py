@@ -19,13 +19,25 @@ import random
 import torch
 from torch import Tensor
 
+from clipflow.errors import check_no_gradient, check_results
 from clipflow.modulation import (
     check_call,
     check_vector,
     modulated_norm,
     rows,
 )
-from clipflow.registry import Case, Implementation, Op, eager, native, register, triton
+from clipflow.registry import (
+    Case,
+    Implementation,
+    Op,
+    eager,
+    fake_out,
+    into,
+    native,
+    out_schema,
+    register,
+    triton,
+)
 
 MOST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 LEAST_SCALE = torch.finfo(torch.float32).tiny
@@ -41,6 +53,7 @@ def adaln_norm_quant(
     norm: str = "layer",
     eps: float = 1e-6,
     dtype: torch.dtype = torch.int8,
+    out: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Normalize and modulate `x` as `adaln_norm` does, and quantize each token symmetrically.
@@ -56,6 +69,9 @@ def adaln_norm_quant(
         norm: "layer" (zero mean, unit variance) or "rms" (unit mean square).
         eps: added to the variance or mean square, in squared units of `x`.
         dtype: torch.int8 or torch.float8_e4m3fn.
+        out: (values, scales), tensors to write the results into and to return, of their shapes,
+            dtypes and device, contiguous, apart from all inputs; None for new ones. "eager"
+            computes elsewhere and copies.
         backend: "auto", or one of "eager", "native", "triton".
 
     Returns:
@@ -68,7 +84,8 @@ def adaln_norm_quant(
     Raises:
         ShapeError: `x` has neither 3 nor 4 dimensions, or another tensor has not its shape above.
         TypeError: a dtype or device is not one of the above.
-        ValueError: there is no such norm.
+        ValueError: there is no such norm, or `out` is not two contiguous tensors.
+        RuntimeError: `out` is given where a gradient would be needed.
         BackendUnavailable: the named backend cannot run this call.
     """
     check_call("adaln_norm_quant", x, scale, shift, norm=norm)
@@ -80,12 +97,17 @@ def adaln_norm_quant(
         raise TypeError(
             f"adaln_norm_quant: dtype must be torch.int8 or torch.float8_e4m3fn, got {dtype}"
         )
+    if out is not None:
+        wanted = ((x.shape, dtype), (x.shape[:-1], torch.float32))
+        check_results("adaln_norm_quant", out, wanted, x.device)
+        check_no_gradient("adaln_norm_quant", x, shift, scale, weight, table)
     name = OP.select(x, backend, dtype)
     if name == "eager":
-        return reference(
+        found = reference(
             x, shift, scale, weight=weight, table=table, norm=norm, eps=eps, dtype=dtype
         )
-    return OP.backends[name].forward(x, shift, scale, weight, table, norm == "rms", eps, dtype)
+        return into(out, found)
+    return OP.backends[name].forward(x, shift, scale, weight, table, norm == "rms", eps, dtype, out)
 
 
 @torch.no_grad()
@@ -142,11 +164,14 @@ def _native(
     rms: bool,
     eps: float,
     dtype: torch.dtype,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     weight = weight if weight is None else weight.contiguous()
-    return _forward_op(
-        x.contiguous(), rows(shift), rows(scale), weight, rows(table), rms, eps, dtype
-    )
+    operands = (x.contiguous(), rows(shift), rows(scale), weight, rows(table), rms, eps, dtype)
+    if out is None:
+        return _forward_op(*operands)
+    _out_op(*operands, *out)
+    return tuple(out)
 
 
 def _native_implementation() -> Implementation:
@@ -169,13 +194,13 @@ def _triton(
     rms: bool,
     eps: float,
     dtype: torch.dtype,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     from clipflow.kernels.triton import adaln_norm_quant as kernel  # an optional dependency
 
     weight = weight if weight is None else weight.contiguous()
-    return kernel.forward(
-        x.contiguous(), rows(shift), rows(scale), weight, rows(table), rms, eps, dtype
-    )
+    operands = (x.contiguous(), rows(shift), rows(scale), weight, rows(table), rms, eps, dtype)
+    return kernel.forward(*operands, out)
 
 
 def _fake(x, shift, scale, weight, table, rms, eps, dtype) -> tuple[Tensor, Tensor]:
@@ -235,15 +260,20 @@ def _any_case(rng: random.Random) -> Case:
     )
 
 
+# x [..., D], contiguous; shift and scale [S, D], table [2, D]: contiguous rows.
+SCHEMA = (
+    "(Tensor x, Tensor? shift, Tensor scale, Tensor? weight, Tensor? table, bool rms, float eps,"
+    " ScalarType dtype) -> (Tensor, Tensor)"
+)
+
 OP = register(
     Op(
         name="adaln_norm_quant",
         schemas={
-            # x [..., D], contiguous; shift and scale [S, D], table [2, D]: contiguous rows.
-            "adaln_norm_quant": "(Tensor x, Tensor? shift, Tensor scale, Tensor? weight,"
-            " Tensor? table, bool rms, float eps, ScalarType dtype) -> (Tensor, Tensor)",
+            "adaln_norm_quant": SCHEMA,
+            "adaln_norm_quant_out": out_schema(SCHEMA, "values", "scales"),
         },
-        fakes={"adaln_norm_quant": _fake},
+        fakes={"adaln_norm_quant": _fake, "adaln_norm_quant_out": fake_out},
         public=adaln_norm_quant,
         reference=reference,
         backends={
@@ -274,3 +304,4 @@ OP = register(
 
 # Bound once: looking an op up by name costs 0.3 us a call.
 _forward_op = torch.ops.clipflow.adaln_norm_quant.default
+_out_op = torch.ops.clipflow.adaln_norm_quant_out.default

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from clipflow.errors import ShapeError, check_floating, check_like, check_shape
-from clipflow.registry import Case, Op, eager, native, register, triton, without_gradient
+from clipflow.registry import (
+    Case,
+    Op,
+    eager,
+    fake_out,
+    native,
+    register,
+    triton,
+    without_gradient,
+)
 
 
 def flow_interpolate(
@@ -89,10 +98,6 @@ def _triton(data: Tensor, noise: Tensor, sigmas: Tensor) -> tuple[Tensor, Tensor
     return kernel.forward(data.contiguous(), noise.contiguous(), sigmas.contiguous())
 
 
-def _fake(*_: object) -> None:
-    """The results are arguments."""
-
-
 def _case(*shape: int) -> Case:
     def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         data, noise = torch.randn(2, *shape, device=device, dtype=dtype).unbind(0)
@@ -113,7 +118,7 @@ OP = register(
             "flow_interpolate": "(Tensor data, Tensor noise, Tensor sigmas, Tensor(a!) noisy, "
             "Tensor(b!) target) -> ()",
         },
-        fakes={"flow_interpolate": _fake},
+        fakes={"flow_interpolate": fake_out},
         public=flow_interpolate,
         reference=reference,
         backends={

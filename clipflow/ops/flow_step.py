@@ -21,8 +21,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from clipflow.errors import ShapeError, check_floating, check_like, check_shape
-from clipflow.registry import Case, Op, eager, native, register, triton, without_gradient
+from clipflow.errors import (
+    ShapeError,
+    check_floating,
+    check_like,
+    check_no_gradient,
+    check_results,
+    check_shape,
+)
+from clipflow.registry import (
+    Case,
+    Op,
+    eager,
+    fake_out,
+    into,
+    native,
+    register,
+    triton,
+    without_gradient,
+)
 
 SOLVERS = ("euler", "heun", "dpmpp_2m")
 
@@ -68,8 +85,9 @@ def flow_step(
     Raises:
         ShapeError: a tensor is not of the shape above.
         TypeError: a dtype or device is not one of the above.
-        ValueError: an unknown solver, `previous` with "euler", guidance without null rows, or other
-            than four coefficients.
+        ValueError: an unknown solver, `previous` with "euler", guidance without null rows, other
+            than four coefficients, or `out` is not three contiguous tensors.
+        RuntimeError: `out` is given where a gradient would be needed.
         BackendUnavailable: the named backend cannot run this call.
     """
     _check(latents, velocity, previous, coefficients, solver, guidance)
@@ -78,6 +96,7 @@ def flow_step(
     if out is not None:
         keeps = solver == "dpmpp_2m" or (solver == "heun" and previous is None)
         _check_out(out, latents, velocity, model_dtype, keeps)
+        check_no_gradient("flow_step", latents, velocity, previous, *out)
         out = out if keeps else (out[0], out[1], out[0])
     gradient = torch.is_grad_enabled() and (latents.requires_grad or velocity.requires_grad)
     return OP.backends[OP.select(latents, backend, gradient)].forward(
@@ -151,23 +170,9 @@ def _check_out(
     model_dtype: torch.dtype,
     keeps: bool,
 ) -> None:
-    _check_result("out[0]", out[0], latents, latents.dtype, latents.device)
-    _check_result("out[1]", out[1], velocity, model_dtype, latents.device)
-    if keeps:
-        _check_result("out[2]", out[2], latents, latents.dtype, latents.device)
-
-
-def _check_result(
-    name: str, tensor: Tensor, like: Tensor, dtype: torch.dtype, device: torch.device
-) -> None:
-    if tensor.shape != like.shape:
-        raise ShapeError(f"flow_step: {name} must be {list(like.shape)}, got {list(tensor.shape)}")
-    if tensor.dtype is not dtype or tensor.device != device:
-        raise TypeError(
-            f"flow_step: {name} must be {dtype} on {device}, got {tensor.dtype} on {tensor.device}"
-        )
-    if not tensor.is_contiguous():
-        raise ValueError(f"flow_step: {name} must be contiguous, got strides {tensor.stride()}")
+    state, device = (latents.shape, latents.dtype), latents.device
+    wanted = (state, (velocity.shape, model_dtype), state if keeps else None)
+    check_results("flow_step", out, wanted, device)
 
 
 def reference(
@@ -205,11 +210,7 @@ def _eager(
     latents, velocity, previous, coefficients, solver, guidance, model_dtype, out
 ) -> tuple[Tensor, Tensor, Tensor]:
     found = reference(latents, velocity, previous, coefficients, solver, guidance, model_dtype)
-    if out is None:
-        return found
-    for target, result in zip(out, found, strict=True):
-        target.copy_(result)
-    return out
+    return into(out, found)
 
 
 def _native(
@@ -285,10 +286,6 @@ def _triton(
     return results
 
 
-def _fake(*_: object) -> None:
-    """The results are arguments."""
-
-
 def _case(
     shape: tuple[int, ...],
     solver: str,
@@ -352,7 +349,7 @@ OP = register(
             " Tensor? guidances, float step, float gain, float keep, float rest, float guidance,"
             " bool dpmpp_2m, Tensor(a!) new, Tensor(b!)? model_input, Tensor(c!)? kept) -> ()",
         },
-        fakes={"flow_step": _fake},
+        fakes={"flow_step": fake_out},
         public=flow_step,
         reference=reference,
         backends={
@@ -388,6 +385,7 @@ OP = register(
         flops=lambda latents, *_, **__: 12 * latents.numel(),
         differentiable=False,
         exact=True,
+        in_place=frozenset({0, 2}),
     )
 )
 

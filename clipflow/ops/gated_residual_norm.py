@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from clipflow.errors import check_no_gradient, check_results
 from clipflow.modulation import (
     check_call,
     check_vector,
@@ -29,7 +30,17 @@ from clipflow.modulation import (
     rows,
     wide,
 )
-from clipflow.registry import Case, Op, eager, native, register, triton
+from clipflow.registry import (
+    Case,
+    Op,
+    eager,
+    fake_out,
+    into,
+    native,
+    out_schema,
+    register,
+    triton,
+)
 
 
 def gated_residual_norm(
@@ -43,6 +54,7 @@ def gated_residual_norm(
     table: Tensor | None = None,
     norm: str = "layer",
     eps: float = 1e-6,
+    out: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Add the gated branch `y` to the stream `x`; return the stream and its modulated norm.
@@ -59,6 +71,9 @@ def gated_residual_norm(
         table: [2, D], as `x`: its rows are added to every `shift` and `scale`; None for zeros.
         norm: "layer" (zero mean, unit variance) or "rms" (unit mean square).
         eps: added to the variance or mean square, in squared units of `x`.
+        out: (h, normed), tensors to write the results into and to return, like `x`, contiguous,
+            apart from each other and from all inputs, but that `h` may be `x` itself, in place,
+            and `normed` may be `y`; None for new ones. "eager" computes elsewhere and copies.
         backend: "auto", or one of "eager", "native", "triton".
 
     Returns:
@@ -69,7 +84,9 @@ def gated_residual_norm(
     Raises:
         ShapeError: `x` has neither 3 nor 4 dimensions, or another tensor has not its shape above.
         TypeError: a dtype or device is not one of the above.
-        ValueError: there is no such norm, or a `gate_table` without a `gate`.
+        ValueError: there is no such norm, a `gate_table` without a `gate`, or `out` is not two
+            contiguous tensors.
+        RuntimeError: `out` is given where a gradient would be needed.
         BackendUnavailable: the named backend cannot run this call.
     """
     check_call("gated_residual_norm", x, scale, shift, gate, y, norm=norm)
@@ -81,11 +98,15 @@ def gated_residual_norm(
             )
     if table is not None:
         check_vector("gated_residual_norm", "table", table, x, rows=(2,))
+    if out is not None:
+        check_results("gated_residual_norm", out, (x, x), x.device)
+        check_no_gradient("gated_residual_norm", x, y, gate, shift, scale, gate_table, table, *out)
     name = OP.select(x, backend)
     if name == "eager":
-        return reference(
+        found = reference(
             x, y, gate, shift, scale, gate_table=gate_table, table=table, norm=norm, eps=eps
         )
+        return into(out, found)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or y.requires_grad
@@ -99,7 +120,7 @@ def gated_residual_norm(
             x, y, gate, shift, scale, gate_table, table, norm == "rms", eps, name
         )
     return OP.backends[name].forward(
-        x, y, gate, shift, scale, gate_table, table, norm == "rms", eps
+        x, y, gate, shift, scale, gate_table, table, norm == "rms", eps, out
     )
 
 
@@ -174,12 +195,17 @@ def _native(
     table: Tensor | None,
     rms: bool,
     eps: float,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     gate_table = gate_table if gate_table is None else gate_table.contiguous()
-    return _forward_op(
+    operands = (
         x.contiguous(), y.contiguous(), rows(gate), rows(shift), rows(scale), gate_table,
         rows(table), rms, eps,
     )  # fmt: skip
+    if out is None:
+        return _forward_op(*operands)
+    _out_op(*operands, *out)
+    return tuple(out)
 
 
 def _native_backward(
@@ -205,13 +231,14 @@ def _triton(
     table: Tensor | None,
     rms: bool,
     eps: float,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     from clipflow.kernels.triton import gated_residual_norm as kernel  # an optional dependency
 
     gate_table = gate_table if gate_table is None else gate_table.contiguous()
     return kernel.forward(
         x.contiguous(), y.contiguous(), rows(gate), rows(shift), rows(scale), gate_table,
-        rows(table), rms, eps,
+        rows(table), rms, eps, out,
     )  # fmt: skip
 
 
@@ -297,13 +324,18 @@ def _any_case(rng: random.Random) -> Case:
     )
 
 
+# x, y [..., D], contiguous; gate, shift, scale [S, D], table [2, D]: contiguous rows.
+SCHEMA = (
+    "(Tensor x, Tensor y, Tensor? gate, Tensor? shift, Tensor scale, Tensor? gate_table,"
+    " Tensor? table, bool rms, float eps) -> (Tensor, Tensor)"
+)
+
 OP = register(
     Op(
         name="gated_residual_norm",
         schemas={
-            # x, y [..., D], contiguous; gate, shift, scale [S, D], table [2, D]: contiguous rows.
-            "gated_residual_norm": "(Tensor x, Tensor y, Tensor? gate, Tensor? shift, Tensor scale,"
-            " Tensor? gate_table, Tensor? table, bool rms, float eps) -> (Tensor, Tensor)",
+            "gated_residual_norm": SCHEMA,
+            "gated_residual_norm_out": out_schema(SCHEMA, "h", "normed"),
             # gate (its table included) and gain: [S, D], contiguous, float32 (float64 for
             # float64). Returns d_x, d_y, d_gate, d_offset, d_gain, the last three like gain;
             # without a gate, y is None, and d_y, which is d_x, and d_gate are empty.
@@ -311,7 +343,11 @@ OP = register(
             " Tensor? gate, Tensor gain, bool rms, float eps)"
             " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         },
-        fakes={"gated_residual_norm": _fake, "gated_residual_norm_backward": _fake_backward},
+        fakes={
+            "gated_residual_norm": _fake,
+            "gated_residual_norm_out": fake_out,
+            "gated_residual_norm_backward": _fake_backward,
+        },
         public=gated_residual_norm,
         reference=reference,
         backends={
@@ -335,9 +371,11 @@ OP = register(
         any_case=_any_case,
         traffic="read x and y, write h and normed; modulation is B * D values each, or B * L * D",
         flops=lambda x, *_, **__: 10 * x.numel(),
+        in_place=frozenset({0, 1}),
     )
 )
 
 # Bound once: looking an op up by name costs 0.3 us a call.
 _forward_op = torch.ops.clipflow.gated_residual_norm.default
+_out_op = torch.ops.clipflow.gated_residual_norm_out.default
 _backward_op = torch.ops.clipflow.gated_residual_norm_backward.default

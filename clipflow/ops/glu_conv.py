@@ -18,8 +18,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clipflow.errors import ShapeError, check_dims, check_floating, check_like, check_shape
-from clipflow.registry import Case, Op, eager, native, register, triton
+from clipflow.errors import (
+    ShapeError,
+    check_dims,
+    check_floating,
+    check_like,
+    check_no_gradient,
+    check_result,
+    check_shape,
+)
+from clipflow.registry import (
+    Case,
+    Op,
+    eager,
+    fake_out,
+    into,
+    native,
+    out_schema,
+    register,
+    triton,
+)
 
 Grid = tuple[int, int]
 
@@ -31,6 +49,7 @@ def glu_conv(
     grid: Grid,
     *,
     pre_silu: bool = False,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Mix each token with its eight neighbors, channel by channel, then gate half of the channels.
@@ -43,6 +62,9 @@ def glu_conv(
         bias: [2M], as `weight`.
         grid: (h, w), each at least 1.
         pre_silu: apply SiLU to `x` before the convolution.
+        out: a tensor to write the result into and to return, of its shape, dtype and device,
+            contiguous, apart from all inputs; None for a new one. "eager" computes elsewhere and
+            copies.
         backend: "auto", or one of "eager", "native", "triton".
 
     Returns:
@@ -53,15 +75,21 @@ def glu_conv(
         ShapeError: `x` is not [B, h*w, 2M], `weight` not [2M, 1, 3, 3], `bias` not [2M], or `grid`
             has no tokens.
         TypeError: a dtype or device is not one of the above.
+        ValueError: `out` is not contiguous.
+        RuntimeError: `out` is given where a gradient would be needed.
         BackendUnavailable: the named backend cannot run this call.
     """
     _check(x, weight, bias, grid)
+    if out is not None:
+        B, N, C = x.shape
+        check_result("glu_conv", "out", out, (B, N, C // 2), x.dtype, x.device)
+        check_no_gradient("glu_conv", x, weight, bias, out)
     name = OP.select(x, backend)
     if name == "eager":
-        return reference(x, weight, bias, grid, pre_silu)
+        return into(out, reference(x, weight, bias, grid, pre_silu))
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
         return _GLUConv.apply(x, weight, bias, grid, pre_silu, name)
-    return OP.backends[name].forward(x, weight, bias, grid, pre_silu)
+    return OP.backends[name].forward(x, weight, bias, grid, pre_silu, out)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, grid: Grid) -> None:
@@ -129,8 +157,14 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _native(x: Tensor, weight: Tensor, bias: Tensor, grid: Grid, pre_silu: bool) -> Tensor:
-    return _forward_op(_rows(x), weight.contiguous(), bias.contiguous(), *grid, pre_silu)
+def _native(
+    x: Tensor, weight: Tensor, bias: Tensor, grid: Grid, pre_silu: bool, out: Tensor | None = None
+) -> Tensor:
+    operands = (_rows(x), weight.contiguous(), bias.contiguous(), *grid, pre_silu)
+    if out is None:
+        return _forward_op(*operands)
+    _out_op(*operands, out)
+    return out
 
 
 def _native_backward(
@@ -155,10 +189,12 @@ def _native_backward(
     return d_x.to(x.dtype), d_weight.to(x.dtype), d_bias.to(x.dtype)
 
 
-def _triton(x: Tensor, weight: Tensor, bias: Tensor, grid: Grid, pre_silu: bool) -> Tensor:
+def _triton(
+    x: Tensor, weight: Tensor, bias: Tensor, grid: Grid, pre_silu: bool, out: Tensor | None = None
+) -> Tensor:
     from clipflow.kernels.triton import glu_conv as kernel  # Triton is an optional dependency
 
-    return kernel.forward(_rows(x), weight.contiguous(), bias.contiguous(), grid, pre_silu)
+    return kernel.forward(_rows(x), weight.contiguous(), bias.contiguous(), grid, pre_silu, out)
 
 
 def _triton_backward(
@@ -201,14 +237,13 @@ def _any_case(rng: random.Random) -> Case:
     return _case(B, grid, M, pre_silu=rng.random() < 0.5)
 
 
+SCHEMA = "(Tensor x, Tensor weight, Tensor bias, SymInt h, SymInt w, bool pre_silu) -> Tensor"
+
 OP = register(
     Op(
         name="glu_conv",
-        schemas={
-            "glu_conv": "(Tensor x, Tensor weight, Tensor bias, SymInt h, SymInt w, bool pre_silu)"
-            " -> Tensor",
-        },
-        fakes={"glu_conv": _fake},
+        schemas={"glu_conv": SCHEMA, "glu_conv_out": out_schema(SCHEMA, "out")},
+        fakes={"glu_conv": _fake, "glu_conv_out": fake_out},
         public=glu_conv,
         reference=reference,
         backends={
@@ -245,3 +280,4 @@ OP = register(
 
 # Bound once: looking an op up by name costs 0.3 us a call.
 _forward_op = torch.ops.clipflow.glu_conv.default
+_out_op = torch.ops.clipflow.glu_conv_out.default

@@ -17,12 +17,35 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clipflow.errors import check_dims, check_floating, check_like, check_shape
-from clipflow.registry import Case, Op, eager, native, register, triton
+from clipflow.errors import (
+    check_dims,
+    check_floating,
+    check_like,
+    check_no_gradient,
+    check_result,
+    check_shape,
+)
+from clipflow.registry import (
+    Case,
+    Op,
+    eager,
+    fake_out,
+    into,
+    native,
+    out_schema,
+    register,
+    triton,
+)
 
 
 def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-15, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    eps: float = 1e-15,
+    out: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Attend from every token to all tokens of its sample and head with weights relu(q) . relu(k).
 
@@ -34,6 +57,9 @@ def linear_attention(
         k: keys, as `q`.
         v: values, as `q`.
         eps: added to the sum of a token's weights. A token with no positive weight gives 0.
+        out: a tensor to write the result into and to return, of its shape, dtype and device,
+            contiguous, apart from all inputs; None for a new one. "eager" computes elsewhere and
+            copies.
         backend: "auto", or one of "eager", "native", "triton".
 
     Returns:
@@ -43,15 +69,20 @@ def linear_attention(
     Raises:
         ShapeError: `q` is not [B, N, H, K], or `k` or `v` has another shape.
         TypeError: a dtype or device is not one of the above.
+        ValueError: `out` is not contiguous.
+        RuntimeError: `out` is given where a gradient would be needed.
         BackendUnavailable: the named backend cannot run this call.
     """
     _check(q, k, v)
+    if out is not None:
+        check_result("linear_attention", "out", out, v.shape, v.dtype, v.device)
+        check_no_gradient("linear_attention", q, k, v, out)
     name = OP.select(q, backend)
     if name == "eager":
-        return reference(q, k, v, eps)
+        return into(out, reference(q, k, v, eps))
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _LinearAttention.apply(q, k, v, eps, name)
-    return OP.backends[name].forward(q, k, v, eps)
+    return OP.backends[name].forward(q, k, v, eps, out)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -99,8 +130,12 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _native(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
-    return _forward_op(_rows(q), _rows(k), _rows(v), eps)
+def _native(q: Tensor, k: Tensor, v: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    operands = (_rows(q), _rows(k), _rows(v), eps)
+    if out is None:
+        return _forward_op(*operands)
+    _out_op(*operands, out)
+    return out
 
 
 def _native_backward(
@@ -128,10 +163,10 @@ def _native_backward(
     return tuple(t.to(q.dtype).transpose(1, 2) for t in (d_q, d_k, d_v))
 
 
-def _triton(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
+def _triton(q: Tensor, k: Tensor, v: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     from clipflow.kernels.triton import linear_attention as kernel  # Triton is optional
 
-    return kernel.forward(_rows(q), _rows(k), _rows(v), eps)
+    return kernel.forward(_rows(q), _rows(k), _rows(v), eps, out)
 
 
 def _triton_backward(
@@ -169,11 +204,13 @@ def _any_case(rng: random.Random) -> Case:
     return _case(rng.randint(0, 3), N, H, K, form=form)
 
 
+SCHEMA = "(Tensor q, Tensor k, Tensor v, float eps) -> Tensor"
+
 OP = register(
     Op(
         name="linear_attention",
-        schemas={"linear_attention": "(Tensor q, Tensor k, Tensor v, float eps) -> Tensor"},
-        fakes={"linear_attention": _fake},
+        schemas={"linear_attention": SCHEMA, "linear_attention_out": out_schema(SCHEMA, "out")},
+        fakes={"linear_attention": _fake, "linear_attention_out": fake_out},
         public=linear_attention,
         reference=reference,
         backends={
@@ -210,3 +247,4 @@ OP = register(
 
 # Bound once: looking an op up by name costs 0.3 us a call.
 _forward_op = torch.ops.clipflow.linear_attention.default
+_out_op = torch.ops.clipflow.linear_attention_out.default

@@ -22,8 +22,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clipflow.errors import ShapeError, check_dims, check_floating, check_like, check_shape
-from clipflow.registry import Case, Op, eager, native, register, triton
+from clipflow.errors import (
+    ShapeError,
+    check_dims,
+    check_floating,
+    check_like,
+    check_no_gradient,
+    check_results,
+    check_shape,
+)
+from clipflow.registry import (
+    Case,
+    Op,
+    eager,
+    fake_out,
+    into,
+    native,
+    out_schema,
+    register,
+    triton,
+)
 
 NORMS = ("none", "rms", "layer")
 Rope = tuple[Tensor, Tensor]
@@ -43,6 +61,7 @@ def qk_norm_rope(
     across_heads: bool = False,
     interleaved: bool = False,
     eps: float = 1e-6,
+    out: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Normalize queries and keys and rotate them by their positions.
@@ -63,6 +82,9 @@ def qk_norm_rope(
         across_heads: normalize over all heads of a token jointly, not each by itself.
         interleaved: rotate neighbors (2m, 2m + 1), not halves (m, m + K/2).
         eps: added to the mean square or the variance, in squared units of `q`.
+        out: (q', k'), tensors to write the results into and to return, like `q` and `k`,
+            contiguous, apart from each other and from all inputs; None for new ones. "eager"
+            computes elsewhere and copies.
         backend: "auto", or one of "eager", "native", "triton".
 
     Returns:
@@ -72,7 +94,9 @@ def qk_norm_rope(
     Raises:
         ShapeError: a shape is not one of the above.
         TypeError: a dtype or device is not one of the above.
-        ValueError: there is no such norm, or weights or biases without one.
+        ValueError: there is no such norm, weights or biases without one, or `out` is not two
+            contiguous tensors.
+        RuntimeError: `out` is given where a gradient would be needed.
         BackendUnavailable: the named backend cannot run this call.
     """
     if q.ndim != 4 or k.ndim != 4:
@@ -101,13 +125,17 @@ def qk_norm_rope(
     k_cos, k_sin = (None, None) if k_rope is None else _tables("k_rope", k_rope, S, K // 2, q)
 
     affine = (q_weight, k_weight, q_bias, k_bias)
+    if out is not None:
+        check_results("qk_norm_rope", out, (q, k), q.device)
+        check_no_gradient("qk_norm_rope", q, k, *affine, *out)
     name = OP.select(q, backend)
     if name == "eager":
-        return reference(q, k, *affine, q_rope, k_rope, norm, across_heads, interleaved, eps)
+        found = reference(q, k, *affine, q_rope, k_rope, norm, across_heads, interleaved, eps)
+        return into(out, found)
     options = (q_cos, q_sin, k_cos, k_sin, NORMS.index(norm), across_heads, interleaved, eps)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, *affine)):
         return _QKNormRope.apply(q, k, *affine, *options, name)
-    return OP.backends[name].forward(q, k, *affine, *options)
+    return OP.backends[name].forward(q, k, *affine, *options, out=out)
 
 
 def _check_parameter(name: str, parameter: Tensor, group: int, norm: str, q: Tensor) -> None:
@@ -210,7 +238,7 @@ def _laid_out(x: Tensor, across_heads: bool) -> Tensor:
     return x.contiguous()
 
 
-def _native(q, k, q_weight, k_weight, q_bias, k_bias, *rest) -> tuple[Tensor, Tensor]:
+def _native(q, k, q_weight, k_weight, q_bias, k_bias, *rest, out=None) -> tuple[Tensor, Tensor]:
     q, k = _laid_out(q, rest[5]), _laid_out(k, rest[5])
     if q_weight is not None:
         q_weight = q_weight.contiguous()
@@ -220,7 +248,11 @@ def _native(q, k, q_weight, k_weight, q_bias, k_bias, *rest) -> tuple[Tensor, Te
         q_bias = q_bias.contiguous()
     if k_bias is not None:
         k_bias = k_bias.contiguous()
-    return _forward_op(q, k, q_weight, k_weight, q_bias, k_bias, *rest)
+    operands = (q, k, q_weight, k_weight, q_bias, k_bias, *rest)
+    if out is None:
+        return _forward_op(*operands)
+    _out_op(*operands, *out)
+    return tuple(out)
 
 
 def _plain_backward(
@@ -262,7 +294,7 @@ def _total(x: Tensor) -> Tensor:
     return x.flatten(0, -2).sum(0, dtype=torch.float64)
 
 
-def _triton(q, k, q_weight, k_weight, q_bias, k_bias, *rest) -> tuple[Tensor, Tensor]:
+def _triton(q, k, q_weight, k_weight, q_bias, k_bias, *rest, out=None) -> tuple[Tensor, Tensor]:
     from clipflow.kernels.triton import qk_norm_rope as kernel  # Triton is an optional dependency
 
     q_cos, q_sin, k_cos, k_sin, norm, across_heads, *options = rest
@@ -270,9 +302,10 @@ def _triton(q, k, q_weight, k_weight, q_bias, k_bias, *rest) -> tuple[Tensor, Te
     q_affine = tuple(None if t is None else t.contiguous() for t in (q_weight, q_bias))
     k_affine = tuple(None if t is None else t.contiguous() for t in (k_weight, k_bias))
     options = (NORMS[norm], across_heads, *options)
+    q_out, k_out = (None, None) if out is None else out
     return (
-        kernel.forward(q, *q_affine, q_cos, q_sin, *options),
-        kernel.forward(k, *k_affine, k_cos, k_sin, *options),
+        kernel.forward(q, *q_affine, q_cos, q_sin, *options, q_out),
+        kernel.forward(k, *k_affine, k_cos, k_sin, *options, k_out),
     )
 
 
@@ -372,16 +405,20 @@ def _lumina(L: int, **options: object) -> Case:
     return _case(2, L, 28, 64, **wide | options)
 
 
+SCHEMA = (
+    "(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias,"
+    " Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, Tensor? k_sin, int norm, bool across_heads,"
+    " bool interleaved, float eps) -> (Tensor, Tensor)"
+)
+
 OP = register(
     Op(
         name="qk_norm_rope",
         schemas={
-            "qk_norm_rope": "(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, "
-            "Tensor? q_bias, Tensor? k_bias, Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, "
-            "Tensor? k_sin, int norm, bool across_heads, bool interleaved, float eps) "
-            "-> (Tensor, Tensor)",
+            "qk_norm_rope": SCHEMA,
+            "qk_norm_rope_out": out_schema(SCHEMA, "q_out", "k_out"),
         },
-        fakes={"qk_norm_rope": _fake},
+        fakes={"qk_norm_rope": _fake, "qk_norm_rope_out": fake_out},
         public=qk_norm_rope,
         reference=reference,
         backends={
@@ -416,3 +453,4 @@ OP = register(
 
 # Bound once: looking an op up by name costs 0.3 us a call.
 _forward_op = torch.ops.clipflow.qk_norm_rope.default
+_out_op = torch.ops.clipflow.qk_norm_rope_out.default

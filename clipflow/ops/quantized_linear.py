@@ -24,8 +24,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipflow import extension
-from clipflow.errors import FLOATING, ShapeError, check_dims, check_floating, check_shape
-from clipflow.registry import Case, Implementation, Op, eager, register
+from clipflow.errors import (
+    FLOATING,
+    ShapeError,
+    check_dims,
+    check_floating,
+    check_no_gradient,
+    check_result,
+    check_shape,
+)
+from clipflow.registry import (
+    Case,
+    Implementation,
+    Op,
+    eager,
+    fake_out,
+    into,
+    out_schema,
+    register,
+)
 
 FP8 = torch.float8_e4m3fn
 MOST = {torch.int8: 127.0, FP8: 448.0}
@@ -108,6 +125,7 @@ def quantized_linear(
     *,
     x_scales: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Apply a linear layer with a quantized weight; quantize `x` per token on the way.
@@ -119,6 +137,9 @@ def quantized_linear(
         bias: [N], any of the floating dtypes, on the device of `x`.
         x_scales: of an already quantized `x`, float32 [...]; otherwise None.
         dtype: of the output; None for the dtype of `x`, or float32 if that is quantized.
+        out: a tensor to write the result into and to return, of its shape, dtype and device,
+            contiguous, apart from all inputs; None for a new one. "eager", and "native" on CUDA,
+            compute elsewhere and copy.
         backend: "auto", or one of "eager", "native".
 
     Returns:
@@ -128,6 +149,7 @@ def quantized_linear(
     Raises:
         ShapeError: `x`, `bias` or `x_scales` has not the shape above.
         TypeError: a dtype or device is not one of the above, or `weight` is not a QuantizedWeight.
+        ValueError: `out` is not contiguous.
         RuntimeError: a gradient would be needed.
         BackendUnavailable: the named backend cannot run this call.
     """
@@ -141,8 +163,14 @@ def quantized_linear(
         dtype = x.dtype if x_scales is None else torch.float32
     elif dtype not in FLOATING:
         raise TypeError(f"quantized_linear: dtype must be one of {list(FLOATING)}, got {dtype}")
+    if out is not None:
+        shape = (*x.shape[:-1], weight.shape[0])
+        check_result("quantized_linear", "out", out, shape, dtype, x.device)
+        check_no_gradient("quantized_linear", x, bias, out)
     name = OP.select(x, backend, weight, dtype)
-    return OP.backends[name].forward(x, weight, bias, x_scales, dtype)
+    if name == "eager":
+        return into(out, reference(x, weight, bias, x_scales, dtype))
+    return OP.backends[name].forward(x, weight, bias, x_scales, dtype, out)
 
 
 def _check(
@@ -237,12 +265,13 @@ def _native(
     bias: Tensor | None,
     x_scales: Tensor | None,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     if not x.is_cpu:
-        return _cuda(x, weight, bias, x_scales, dtype)
+        return into(out, _cuda(x, weight, bias, x_scales, dtype))
     if bias is not None and (bias.dtype is not torch.float32 or bias.requires_grad):
         bias = bias.detach().float()
-    return _op(
+    operands = (
         x.contiguous(),
         None if x_scales is None else x_scales.contiguous(),
         weight.values,
@@ -251,6 +280,10 @@ def _native(
         None if bias is None else bias.contiguous(),
         DTYPES.index(dtype),
     )
+    if out is None:
+        return _op(*operands)
+    _out_op(*operands, out)
+    return out
 
 
 @torch.no_grad()
@@ -338,14 +371,16 @@ def _any_case(rng: random.Random) -> Case:
     return _case(rng.randint(0, 3), L, K, N, bias=rng.random() < 0.5)
 
 
+SCHEMA = (
+    "(Tensor x, Tensor? x_scales, Tensor weight, Tensor limits, Tensor scales, Tensor? bias,"
+    " int dtype) -> Tensor"
+)
+
 OP = register(
     Op(
         name="quantized_linear",
-        schemas={
-            "quantized_linear": "(Tensor x, Tensor? x_scales, Tensor weight, Tensor limits, "
-            "Tensor scales, Tensor? bias, int dtype) -> Tensor",
-        },
-        fakes={"quantized_linear": _fake},
+        schemas={"quantized_linear": SCHEMA, "quantized_linear_out": out_schema(SCHEMA, "out")},
+        fakes={"quantized_linear": _fake, "quantized_linear_out": fake_out},
         public=quantized_linear,
         reference=reference,
         backends={
@@ -381,3 +416,4 @@ OP = register(
 
 # Bound once: looking an op up by name costs 0.3 us a call.
 _op = torch.ops.clipflow.quantized_linear.default
+_out_op = torch.ops.clipflow.quantized_linear_out.default

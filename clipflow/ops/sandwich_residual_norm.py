@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clipflow.errors import check_shape
+from clipflow.errors import check_no_gradient, check_results, check_shape
 from clipflow.modulation import (
     check_call,
     check_vector,
@@ -30,7 +30,17 @@ from clipflow.modulation import (
     rows,
     wide,
 )
-from clipflow.registry import Case, Op, eager, native, register, triton
+from clipflow.registry import (
+    Case,
+    Op,
+    eager,
+    fake_out,
+    into,
+    native,
+    out_schema,
+    register,
+    triton,
+)
 
 
 def sandwich_residual_norm(
@@ -42,6 +52,7 @@ def sandwich_residual_norm(
     weight: Tensor | None = None,
     next_weight: Tensor | None = None,
     eps: float = 1e-5,
+    out: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Add the normalized, gated branch `y` to the stream `x`; return the stream and its norm.
@@ -56,6 +67,9 @@ def sandwich_residual_norm(
         weight: of the norm of `y`, [D], as `x`; None for ones.
         next_weight: of the norm of `h`, [D], as `x`; None for ones.
         eps: added to the mean squares, in squared units of `x`.
+        out: (h, normed), tensors to write the results into and to return, like `x`, contiguous,
+            apart from each other and from all inputs, but that `h` may be `x` itself, in place,
+            and `normed` may be `y`; None for new ones. "eager" computes elsewhere and copies.
         backend: "auto", or one of "eager", "native".
 
     Returns:
@@ -66,6 +80,8 @@ def sandwich_residual_norm(
     Raises:
         ShapeError: `x` has neither 3 nor 4 dimensions, or another tensor has not its shape above.
         TypeError: a dtype or device is not one of the above.
+        ValueError: `out` is not two contiguous tensors.
+        RuntimeError: `out` is given where a gradient would be needed.
         BackendUnavailable: the named backend cannot run this call.
     """
     if scale.ndim != 2:
@@ -75,9 +91,13 @@ def sandwich_residual_norm(
         check_vector("sandwich_residual_norm", "weight", weight, x)
     if next_weight is not None:
         check_vector("sandwich_residual_norm", "next_weight", next_weight, x)
+    if out is not None:
+        check_results("sandwich_residual_norm", out, (x, x), x.device)
+        check_no_gradient("sandwich_residual_norm", x, y, gate, scale, weight, next_weight, *out)
     name = OP.select(x, backend)
     if name == "eager":
-        return reference(x, y, gate, scale, weight=weight, next_weight=next_weight, eps=eps)
+        found = reference(x, y, gate, scale, weight=weight, next_weight=next_weight, eps=eps)
+        return into(out, found)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or y.requires_grad
@@ -87,7 +107,7 @@ def sandwich_residual_norm(
         or (next_weight is not None and next_weight.requires_grad)
     ):
         return _SandwichResidualNorm.apply(x, y, gate, scale, weight, next_weight, eps, name)
-    return OP.backends[name].forward(x, y, gate, scale, weight, next_weight, eps)
+    return OP.backends[name].forward(x, y, gate, scale, weight, next_weight, eps, out)
 
 
 def reference(
@@ -152,12 +172,15 @@ def _native(
     weight: Tensor | None,
     next_weight: Tensor | None,
     eps: float,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     weight = weight if weight is None else weight.contiguous()
     next_weight = next_weight if next_weight is None else next_weight.contiguous()
-    return _forward_op(
-        x.contiguous(), y.contiguous(), rows(gate), rows(scale), weight, next_weight, eps
-    )
+    operands = (x.contiguous(), y.contiguous(), rows(gate), rows(scale), weight, next_weight, eps)
+    if out is None:
+        return _forward_op(*operands)
+    _out_op(*operands, *out)
+    return tuple(out)
 
 
 def _native_backward(
@@ -174,14 +197,14 @@ def _triton(
     weight: Tensor | None,
     next_weight: Tensor | None,
     eps: float,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     from clipflow.kernels.triton import sandwich_residual_norm as kernel  # an optional dependency
 
     weight = weight if weight is None else weight.contiguous()
     next_weight = next_weight if next_weight is None else next_weight.contiguous()
-    return kernel.forward(
-        x.contiguous(), y.contiguous(), rows(gate), rows(scale), weight, next_weight, eps
-    )
+    operands = (x.contiguous(), y.contiguous(), rows(gate), rows(scale), weight, next_weight, eps)
+    return kernel.forward(*operands, out)
 
 
 def _triton_backward(
@@ -240,19 +263,28 @@ def _of_length(L: int) -> Case:
     return Case(name=whole.name, inputs=whole.inputs)
 
 
+# x, y [..., D], contiguous; gate and scale [B, D]: contiguous rows.
+SCHEMA = (
+    "(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor? weight, Tensor? next_weight,"
+    " float eps) -> (Tensor, Tensor)"
+)
+
 OP = register(
     Op(
         name="sandwich_residual_norm",
         schemas={
-            # x, y [..., D], contiguous; gate and scale [B, D]: contiguous rows.
-            "sandwich_residual_norm": "(Tensor x, Tensor y, Tensor gate, Tensor scale,"
-            " Tensor? weight, Tensor? next_weight, float eps) -> (Tensor, Tensor)",
+            "sandwich_residual_norm": SCHEMA,
+            "sandwich_residual_norm_out": out_schema(SCHEMA, "h", "normed"),
             # gate = tanh(gate) * weight, gain = next_weight * (1 + scale): [B, D], contiguous,
             # float32 (float64 for float64). Returns d_x, d_y, d_gate, d_gain.
             "sandwich_residual_norm_backward": "(Tensor d_h, Tensor d_normed, Tensor h, Tensor y,"
             " Tensor gate, Tensor gain, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
         },
-        fakes={"sandwich_residual_norm": _fake, "sandwich_residual_norm_backward": _fake_backward},
+        fakes={
+            "sandwich_residual_norm": _fake,
+            "sandwich_residual_norm_out": fake_out,
+            "sandwich_residual_norm_backward": _fake_backward,
+        },
         public=sandwich_residual_norm,
         reference=reference,
         backends={
@@ -274,9 +306,11 @@ OP = register(
         any_case=_any_case,
         traffic="read x and y, write h and normed; modulation is B * D values each",
         flops=lambda x, *_, **__: 12 * x.numel(),
+        in_place=frozenset({0, 1}),
     )
 )
 
 # Bound once: looking an op up by name costs 0.3 us a call.
 _forward_op = torch.ops.clipflow.sandwich_residual_norm.default
+_out_op = torch.ops.clipflow.sandwich_residual_norm_out.default
 _backward_op = torch.ops.clipflow.sandwich_residual_norm_backward.default

@@ -16,17 +16,37 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clipflow.errors import ShapeError, check_floating, check_like, check_shape
-from clipflow.registry import Case, Op, eager, native, register, triton
+from clipflow.errors import (
+    ShapeError,
+    check_floating,
+    check_like,
+    check_no_gradient,
+    check_result,
+    check_shape,
+)
+from clipflow.registry import (
+    Case,
+    Op,
+    eager,
+    fake_out,
+    into,
+    native,
+    out_schema,
+    register,
+    triton,
+)
 
 
-def swiglu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
+def swiglu(a: Tensor, b: Tensor, *, out: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Multiply `b` by the SiLU of `a`, in one pass.
 
     Args:
         a: the gate branch, [..., D], any rank; float32, bfloat16 or float16 (float64 on CPU and
             eager). The halves `a, b = projection.chunk(2, dim=-1)` are read without a copy.
         b: the other branch, shape, dtype and device of `a`.
+        out: a tensor to write the result into and to return, of its shape, dtype and device,
+            contiguous, apart from all inputs; None for a new one. "eager" computes elsewhere and
+            copies.
         backend: "auto", or one of "eager", "native", "triton".
 
     Returns:
@@ -42,6 +62,8 @@ def swiglu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         ShapeError: `a` has no dimension, or `b` not the shape of `a`.
         TypeError: a dtype or device is not one of the above.
+        ValueError: `out` is not contiguous.
+        RuntimeError: `out` is given where a gradient would be needed.
         BackendUnavailable: the named backend cannot run this call.
     """
     if not a.ndim:
@@ -49,12 +71,15 @@ def swiglu(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
     check_floating("swiglu", "a", a)
     check_shape("swiglu", "b", b, a.shape)
     check_like("swiglu", "b", b, "a", a)
+    if out is not None:
+        check_result("swiglu", "out", out, a.shape, a.dtype, a.device)
+        check_no_gradient("swiglu", a, b, out)
     name = OP.select(a, backend)
     if name == "eager":
-        return reference(a, b)
+        return into(out, reference(a, b))
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _SwiGLU.apply(a, b, name)
-    return OP.backends[name].forward(a, b)
+    return OP.backends[name].forward(a, b, out)
 
 
 def reference(a: Tensor, b: Tensor) -> Tensor:
@@ -81,18 +106,21 @@ class _SwiGLU(torch.autograd.Function):
         return *OP.backends[ctx.backend].backward(grad, a, b), None
 
 
-def _native(a: Tensor, b: Tensor) -> Tensor:
-    return _forward_op(a, b)
+def _native(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    if out is None:
+        return _forward_op(a, b)
+    _out_op(a, b, out)
+    return out
 
 
 def _native_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return _backward_op(grad, a, b)
 
 
-def _triton(a: Tensor, b: Tensor) -> Tensor:
+def _triton(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     from clipflow.kernels.triton import swiglu as kernel  # Triton is an optional dependency
 
-    return kernel.forward(a, b)
+    return kernel.forward(a, b, out)
 
 
 def _triton_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,14 +155,17 @@ def _any_case(rng: random.Random) -> Case:
     return _case(*shape, packed=rng.random() < 0.5)
 
 
+SCHEMA = "(Tensor a, Tensor b) -> Tensor"
+
 OP = register(
     Op(
         name="swiglu",
         schemas={
-            "swiglu": "(Tensor a, Tensor b) -> Tensor",
+            "swiglu": SCHEMA,
+            "swiglu_out": out_schema(SCHEMA, "out"),
             "swiglu_backward": "(Tensor grad, Tensor a, Tensor b) -> (Tensor, Tensor)",
         },
-        fakes={"swiglu": _fake, "swiglu_backward": _fake_backward},
+        fakes={"swiglu": _fake, "swiglu_out": fake_out, "swiglu_backward": _fake_backward},
         public=swiglu,
         reference=reference,
         backends={
@@ -166,4 +197,5 @@ OP = register(
 
 # Bound once: looking an op up by name costs 0.3 us a call.
 _forward_op = torch.ops.clipflow.swiglu.default
+_out_op = torch.ops.clipflow.swiglu_out.default
 _backward_op = torch.ops.clipflow.swiglu_backward.default

@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from clipflow.errors import InputError
-from clipflow.models.unilip import Condition
-from clipflow.pipelines.arguments import broadcast, is_list, listed, paired, positive
+from clipflow.pipelines.arguments import broadcast, listed, paired, positive
 from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.image_processor import postprocess
+from clipflow.pipelines.language import LanguageCalls
 from clipflow.pipelines.options import (
     Generators,
     SamplingOptions,
     StepEndCallback,
     check_output_type,
+    each_image,
+    picture_size,
 )
-from clipflow.pipelines.output import CLIPFlowPipelineOutput, Pictures
-from clipflow.pipelines.parts import UniLIPParts
-from clipflow.pipelines.prompts import LABEL_QUESTION, check_text
-from clipflow.pipelines.understanding import (
-    Reading,
-    answer_text,
-    greedy_tokens,
-    label_log_likelihoods,
-    text_pieces,
-)
-from clipflow.sampling import flow_schedule, sample
-
-Answer = str | list[str] | Iterator[str]
-Ranking = list[tuple[str, float]]
+from clipflow.pipelines.output import CLIPFlowPipelineOutput, Pictures, in_order
+from clipflow.pipelines.prompts import check_text
+from clipflow.sampling.plan import StepCallback
 
 
-class CLIPFlowPipeline(UniLIPParts):
+class CLIPFlowPipeline(LanguageCalls):
     """One model that draws, edits, answers, classifies and reconstructs.
 
     Calls follow the conventions of diffusers. Nothing here is trained: all calls run without
@@ -50,13 +41,18 @@ class CLIPFlowPipeline(UniLIPParts):
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         solver: str | None = None,
+        height: int | Sequence[int] | None = None,
+        width: int | Sequence[int] | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepEndCallback | None = None,
+        batch_invariant: bool = False,
+        tier: str | None = None,
     ) -> CLIPFlowPipelineOutput | tuple[Pictures]:
         """Draw pictures.
 
@@ -65,46 +61,51 @@ class CLIPFlowPipeline(UniLIPParts):
             negative_prompt: what to steer away from, one for all prompts or one for each.
             num_images_per_prompt: pictures of each prompt; they come out next to each other.
             num_inference_steps: solver steps; the model's default (20) when not given.
-            guidance_scale: 1 is no guidance; the model's default (UniLIP: 4.5) when not given.
+            guidance_scale: 1 is no guidance; the model's default (UniLIP: 4.5) when not given. One
+                for all, or a list with one for each prompt or each picture.
+            guidance_interval: (start, end), fractions of the steps; guidance is off outside, which
+                halves the work there.
             solver: "dpmpp_2m" (default), "euler" or "heun" (two model calls a step).
+            height, width: in pixels, multiples of the decoder's factor; the model's native size
+                when neither is given. One for all or a list, as `guidance_scale`.
             generator: one for the batch, or a list with one for each picture: then a list of
                 prompts gives what one by one would.
             latents: noise to start from, [pictures, C, h, w].
             output_type: "pil", "np", "pt" or "latent" (as sampled).
             return_dict: False returns the tuple (images,).
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after
-                each step; may return such a dict with other latents.
+                each step; may return such a dict with other latents. Pictures of several sizes, or
+                guided and unguided ones, are sampled in turn, and so reported.
+            batch_invariant: sample each picture by itself, so that it has the very same bits alone
+                and in any batch.
+            tier: "faithful" or "fast"; the pipeline's own when not given.
 
         Raises:
             InputError: an empty prompt, or an option that cannot be.
+            NotEnoughMemory: the pictures do not fit into memory together.
+            SamplingError: the model made a latent that is not finite.
         """
         prompts = [check_text("prompt", text) for text in listed(prompt)]
         negatives = broadcast("negative_prompt", negative_prompt, len(prompts))
-        options = self.defaults.options(
-            len(prompts) * positive("num_images_per_prompt", num_images_per_prompt),
+        options = self._options(
+            len(prompts),
+            num_images_per_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             solver=solver,
+            height=height,
+            width=width,
             generator=generator,
             latents=latents,
             output_type=output_type,
             callback=callback_on_step_end,
+            batch_invariant=batch_invariant,
+            tier=tier,
         )
-        positive_rows = [self.prompts.text_to_image(text) for text in prompts]
-        null_rows = [self.prompts.text_to_image(text) for text in negatives]
-        if options.guidance_scale == 1.0:
-            null_rows = []
-        # Equal texts go through the language model once; the null prompt is mostly one for all.
-        texts = list(dict.fromkeys(null_rows + positive_rows))
-        ids, mask = self.prompts.rows(texts, self.device)
-        rows = [
-            texts.index(text)
-            for half in (null_rows, positive_rows)
-            for text in half
-            for _ in range(num_images_per_prompt)
-        ]
-        condition = _take(self.model.encode_condition(ids, mask), rows)
-        return self._output(self._generate(condition, options), return_dict)
+        texts = [*prompts, *(negatives if options.guided else [])]
+        conditions = self.conditions.text_to_image(texts, one_by_one=batch_invariant)
+        return self._output(self._generate(conditions, options), return_dict)
 
     @torch.no_grad()
     def edit(
@@ -115,13 +116,18 @@ class CLIPFlowPipeline(UniLIPParts):
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int = 1,
         num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         solver: str | None = None,
+        height: int | Sequence[int] | None = None,
+        width: int | Sequence[int] | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepEndCallback | None = None,
+        batch_invariant: bool = False,
+        tier: str | None = None,
     ) -> CLIPFlowPipelineOutput | tuple[Pictures]:
         """Redraw pictures as told.
 
@@ -139,24 +145,27 @@ class CLIPFlowPipeline(UniLIPParts):
         images, prompts = paired(listed(image), listed(prompt))
         prompts = [check_text("prompt", text) for text in prompts]
         negatives = broadcast("negative_prompt", negative_prompt, len(prompts))
-        options = self.defaults.options(
-            len(prompts) * positive("num_images_per_prompt", num_images_per_prompt),
+        options = self._options(
+            len(prompts),
+            num_images_per_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
+            guidance_interval=guidance_interval,
             solver=solver,
+            height=height,
+            width=width,
             generator=generator,
             latents=latents,
             output_type=output_type,
             callback=callback_on_step_end,
+            batch_invariant=batch_invariant,
+            tier=tier,
         )
-        texts = [self.prompts.edit(text) for text in prompts]
-        features = self._features(images)
-        if options.guidance_scale != 1.0:
-            texts = [self.prompts.edit(text) for text in negatives] + texts
-            features = torch.cat([features, features])
-        condition = self.model.encode_condition(*self.prompts.rows(texts, self.device), features)
-        rows = [row for row in range(len(texts)) for _ in range(num_images_per_prompt)]
-        return self._output(self._generate(_take(condition, rows), options), return_dict)
+        pixels = self.image_processor(images)
+        texts = [*prompts, *(negatives if options.guided else [])]
+        pixels = torch.cat([pixels] * (len(texts) // len(prompts)))
+        conditions = self.conditions.edit(pixels, texts, one_by_one=batch_invariant)
+        return self._output(self._generate(conditions, options), return_dict)
 
     @torch.no_grad()
     def reconstruct(
@@ -181,120 +190,82 @@ class CLIPFlowPipeline(UniLIPParts):
         scaled = latents * self.model.config.unilip_factor
         return self._output(self._pictures(scaled, output_type), return_dict)
 
-    def ask(
+    def _options(
         self,
-        image: ImageInput | Sequence[ImageInput],
-        question: str | Sequence[str],
+        prompts: int,
+        images_per_prompt: int,
         *,
-        max_new_tokens: int | None = None,
-        stream: bool = False,
-    ) -> Answer:
-        """Answer questions about pictures, by greedy decoding.
+        num_inference_steps: int | None,
+        guidance_scale: float | Sequence[float] | None,
+        solver: str | None,
+        height: int | Sequence[int] | None,
+        width: int | Sequence[int] | None,
+        tier: str | None,
+        **others: Any,
+    ) -> SamplingOptions:
+        """Checked options of one call; None takes the model's default."""
+        defaults = self.defaults
+        count = (prompts, positive("num_images_per_prompt", images_per_prompt))
+        scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+        steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
+        sides = zip(
+            each_image("height", height, *count), each_image("width", width, *count), strict=True
+        )
+        return SamplingOptions(
+            num_inference_steps=steps,
+            guidance_scales=each_image("guidance_scale", scale, *count),
+            sizes=tuple(picture_size(*pair, self.model.config) for pair in sides),
+            solver=defaults.solver if solver is None else solver,
+            tier=self.tier if tier is None else tier,
+            **others,
+        )
 
-        Args:
-            image: a picture or a list: paths, PIL images, arrays or tensors.
-            question: one for all pictures or one for each (a single picture may have several).
-            max_new_tokens: longest answer; the model's default when not given.
-            stream: yield pieces of text that join to the answer; a single question only.
+    def _generate(self, conditions: Sequence[Tensor], options: SamplingOptions) -> Pictures:
+        """Sample the pictures of each prompt's condition; null conditions follow, if guided."""
+        prompts = len(conditions) // (2 if options.guided else 1)
+        each = options.images // prompts
+        rows = [condition for condition in conditions for _ in range(each)]
+        cond, null = rows[: options.images], rows[options.images :]
+        noise = options.noise(self.model.config.decoder.latent_channels, self.device)
+        runs = self.sampler.runs(options)
+        total = len(runs) * options.num_inference_steps
+        with tqdm(total=total, **self._progress_bar_config) as bar:
+            sampled = [
+                self.sampler.latents(
+                    run,
+                    torch.stack([noise[sample] for sample in run.samples]),
+                    null,
+                    cond,
+                    options,
+                    callback=self._step_callback(options),
+                    progress=bar.update,
+                )
+                for run in runs
+            ]
+        pictures = [
+            self._pictures(latents, options.output_type, native=run.size.native)
+            for run, latents in zip(runs, sampled, strict=True)
+        ]
+        return in_order(pictures, [run.samples for run in runs])
 
-        Returns:
-            The answer; a list of answers if either argument is a list; an iterator if streamed.
+    def _step_callback(self, options: SamplingOptions) -> StepCallback | None:
+        if options.callback is None:
+            return None
 
-        Raises:
-            InputError: a picture that cannot be read, an empty question, lists that do not match.
-        """
-        images, questions = paired(listed(image), listed(question))
-        texts = [self.prompts.question(check_text("question", q)) for q in questions]
-        limit = self.defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
-        positive("max_new_tokens", limit)
-        stop = self.model.config.tokens.im_end
-        if stream and len(texts) != 1:
-            raise InputError(f"stream=True must have one question, got {len(texts)}")
-        tokens = greedy_tokens(self._read(images, texts), stop, limit)
-        if stream:
-            return text_pieces(self.tokenizer, tokens, stop)
-        rows = zip(*tokens, strict=True)
-        answers = [answer_text(self.tokenizer, [t for t in row if t != stop]) for row in rows]
-        return answers if is_list(image) or is_list(question) else answers[0]
+        def after_step(step: int, timestep: int, latents: Tensor) -> Tensor | None:
+            given = {"latents": latents}
+            answer = options.callback(self, step, torch.tensor(timestep), given)
+            return (answer or given).get("latents")
 
-    def classify(
-        self,
-        image: ImageInput | Sequence[ImageInput],
-        labels: Sequence[str],
-        *,
-        question: str = LABEL_QUESTION,
-    ) -> Ranking | list[Ranking]:
-        """Rank labels by the language model's likelihood of each as the answer to `question`.
+        return after_step
 
-        A label's score is the sum of its tokens' log-likelihoods, its end included; probabilities
-        are the softmax of the scores over `labels`. Nothing is calibrated or divided by length.
-
-        Args:
-            image: a picture or a list: paths, PIL images, arrays or tensors.
-            labels: at least one text.
-            question: the labels are read as its answers.
-
-        Returns:
-            [(label, probability)], likeliest first; a list of those for a list of pictures.
-
-        Raises:
-            InputError: a picture that cannot be read, no labels or an empty one.
-        """
-        if isinstance(labels, str) or not labels:
-            raise InputError(f"labels must be a list of at least one text, got {labels!r}")
-        stop = self.model.config.tokens.im_end
-        ids = [[*self.prompts.ids(check_text("label", text)), stop] for text in labels]
-        text = self.prompts.question(check_text("question", question))
-        rankings = []
-        for one in listed(image):
-            scores = label_log_likelihoods(self._read([one], [text]), ids)
-            pairs = zip(labels, scores.softmax(0).tolist(), strict=True)
-            rankings.append(sorted(pairs, key=lambda pair: -pair[1]))
-        return rankings if is_list(image) else rankings[0]
-
-    def _generate(self, condition: Condition, options: SamplingOptions) -> Pictures:
-        """Sample one picture for each row, or pair of rows [null, cond], of `condition`."""
-        schedule = flow_schedule(options.num_inference_steps, shift=self.model.config.flow_shift)
-        noise = options.noise(self.model.latent_shape, self.device)
-        with tqdm(total=len(schedule), **self._progress_bar_config) as bar:
-
-            def after_step(step: int, timestep: int, latents: Tensor) -> Tensor | None:
-                bar.update()
-                if options.callback is None:
-                    return None
-                given = {"latents": latents}
-                answer = options.callback(self, step, schedule.timesteps[step], given)
-                return (answer or given).get("latents")
-
-            latents = sample(
-                lambda rows, times: self.model.dit(rows, times, condition.hidden, condition.mask),
-                noise,
-                schedule,
-                solver=options.solver,
-                guidance_scale=options.guidance_scale,
-                model_dtype=self.dtype,
-                callback=after_step,
-            )
-        return self._pictures(latents, options.output_type)
-
-    def _pictures(self, latents: Tensor, output_type: str) -> Pictures:
+    def _pictures(self, latents: Tensor, output_type: str, *, native: bool = True) -> Pictures:
         if output_type == "latent":
             return latents
         decoded = self.model.decode(latents.float() / self.model.config.unilip_factor)
-        return postprocess(decoded, self.model.config.output_size, output_type)
-
-    def _features(self, images: Sequence[ImageInput]) -> Tensor:
-        return self.model.encode_image(self.image_processor(images).to(self.device, self.dtype))
-
-    @torch.no_grad()
-    def _read(self, images: Sequence[ImageInput], texts: Sequence[str]) -> Reading:
-        ids, mask = self.prompts.rows(texts, self.device)
-        return Reading(self.model, ids, mask, self._features(images))
+        size = self.model.config.output_size if native else None
+        return postprocess(decoded, size, output_type)
 
     @staticmethod
     def _output(pictures: Pictures, return_dict: bool) -> CLIPFlowPipelineOutput | tuple[Pictures]:
         return CLIPFlowPipelineOutput(images=pictures) if return_dict else (pictures,)
-
-
-def _take(condition: Condition, rows: list[int]) -> Condition:
-    return Condition(condition.hidden[rows], condition.mask[rows])

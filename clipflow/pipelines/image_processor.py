@@ -94,13 +94,13 @@ class ImageProcessor:
         return image.resize((self.size, self.size), Image.Resampling(self.resample))
 
 
-def postprocess(decoded: Tensor, output_size: int, output_type: str) -> Pictures:
-    """Decoded pixels [B, 3, S, S] in about [-1, 1] to pictures of side `output_size`.
+def postprocess(decoded: Tensor, output_size: int | None, output_type: str) -> Pictures:
+    """Decoded pixels [B, 3, S, S] in about [-1, 1] to pictures of side `output_size`, if given.
 
     Clamped, then resized bilinearly (half-pixel centers, no antialiasing), then rounded for "pil".
     """
     pixels = (decoded.float() / 2 + 0.5).clamp(0, 1)
-    pixels = resize_pictures(pixels, output_size).cpu()
+    pixels = (pixels if output_size is None else resize_pictures(pixels, output_size)).cpu()
     if output_type == "pt":
         return pixels
     rows = pixels.permute(0, 2, 3, 1).contiguous().numpy()

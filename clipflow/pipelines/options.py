@@ -1,109 +1,76 @@
 """The options of a sampling call, checked once for all entry points."""
 
+# Shape suffixes: C = latent channels, h, w = the latent grid.
+
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from clipflow.errors import InputError
 from clipflow.models.unilip.config import UniLIPConfig
+from clipflow.pipelines.arguments import is_list
 from clipflow.pipelines.output import OUTPUT_TYPES
-from clipflow.sampling import SOLVERS
+from clipflow.sampling import SOLVERS, TIERS
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 # callback(pipeline, step, timestep, {"latents": ...}) -> the same, maybe changed.
 StepEndCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 
-FILE_NAME = "generation_config.json"
-DEFAULT_STEPS = 20
-DEFAULT_SOLVER = "dpmpp_2m"
 MAX_STEPS = 1000
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerationDefaults:
-    """What a call does when it does not say: a model's `generation_config.json`."""
+class PictureSize(NamedTuple):
+    """The latent grid of a picture; a native picture is resized to the model's output size."""
 
-    guidance_scale: float
-    num_inference_steps: int
-    solver: str
-    max_new_tokens: int
-
-    @classmethod
-    def from_folder(cls, folder: Path | None, config: UniLIPConfig) -> GenerationDefaults:
-        """Read the file of `folder`; keys that are not there have the library's defaults.
-
-        Raises:
-            InputError: the file is no JSON object, or a value is senseless.
-        """
-        values = _read_json(folder / FILE_NAME) if folder else {}
-        defaults = cls(
-            guidance_scale=values.get("default_guidance_scale", config.default_guidance_scale),
-            num_inference_steps=values.get("default_num_inference_steps", DEFAULT_STEPS),
-            solver=values.get("default_solver", DEFAULT_SOLVER),
-            max_new_tokens=values.get("max_new_tokens", 64),
-        )
-        check_sampling(defaults.num_inference_steps, defaults.guidance_scale, defaults.solver)
-        return defaults
-
-    def options(
-        self,
-        images: int,
-        *,
-        num_inference_steps: int | None,
-        guidance_scale: float | None,
-        solver: str | None,
-        generator: Generators,
-        latents: Tensor | None,
-        output_type: str,
-        callback: StepEndCallback | None,
-    ) -> SamplingOptions:
-        """Checked options of one call that makes `images` pictures; None takes the default."""
-        steps, scale = num_inference_steps, guidance_scale
-        return SamplingOptions(
-            images=images,
-            num_inference_steps=self.num_inference_steps if steps is None else steps,
-            guidance_scale=self.guidance_scale if scale is None else scale,
-            solver=self.solver if solver is None else solver,
-            generator=generator,
-            latents=latents,
-            output_type=output_type,
-            callback=callback,
-        )
-
-    def to_json(self) -> str:
-        values = {
-            "default_guidance_scale": self.guidance_scale,
-            "default_num_inference_steps": self.num_inference_steps,
-            "default_solver": self.solver,
-            "max_new_tokens": self.max_new_tokens,
-        }
-        return json.dumps(values, indent=2) + "\n"
+    h: int
+    w: int
+    native: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """One sampling call, checked; `images` is how many pictures it makes."""
+    """One sampling call, checked.
 
-    images: int
+    Attributes:
+        num_inference_steps: of the solver.
+        guidance_scales: of each picture; 1 runs no null rows.
+        sizes: of each picture's latents.
+        guidance_interval: (start, end) as fractions of the steps; outside there is no guidance.
+        solver: a key of `clipflow.sampling.SOLVERS`.
+        generator: one for all pictures, or one for each.
+        latents: noise to start from, or None.
+        output_type: one of `OUTPUT_TYPES`.
+        callback: the user's own, or None.
+        batch_invariant: sample each picture by itself.
+        tier: one of `clipflow.sampling.TIERS`.
+    """
+
     num_inference_steps: int
-    guidance_scale: float
+    guidance_scales: tuple[float, ...]
+    sizes: tuple[PictureSize, ...]
+    guidance_interval: tuple[float, float]
     solver: str
     generator: Generators
     latents: Tensor | None
     output_type: str
     callback: StepEndCallback | None
+    batch_invariant: bool
+    tier: str
 
     def __post_init__(self) -> None:
-        check_sampling(self.num_inference_steps, self.guidance_scale, self.solver)
+        check_steps(self.num_inference_steps)
+        for scale in self.guidance_scales:
+            check_guidance(scale)
+        check_solver(self.solver)
         check_output_type(self.output_type)
+        check_tier(self.tier)
+        _check_interval(self.guidance_interval)
         generators = self.generator
         if isinstance(generators, Sequence) and len(generators) != self.images:
             raise InputError(
@@ -111,37 +78,103 @@ class SamplingOptions:
                 f"got a list of {len(generators)}"
             )
 
-    def noise(self, shape: tuple[int, int, int], device: torch.device) -> Tensor:
-        """Starting latents [images, C, h, w] in float32: those given, or drawn.
+    @property
+    def images(self) -> int:
+        """How many pictures the call makes."""
+        return len(self.sizes)
+
+    @property
+    def guided(self) -> bool:
+        """Whether any picture has null rows."""
+        return any(scale != 1.0 for scale in self.guidance_scales)
+
+    def noise(self, channels: int, device: torch.device) -> list[Tensor]:
+        """Starting latents of each picture, [C, h, w] float32: those given, or drawn.
 
         Noise is drawn in float32 on the generator's own device, so that a seed means the same
         picture whatever the device and dtype of the model.
         """
-        wanted = (self.images, *shape)
+        same = len(set(self.sizes)) == 1
         if self.latents is not None:
-            if tuple(self.latents.shape) != wanted:
-                raise InputError(f"latents must be {list(wanted)}, got {list(self.latents.shape)}")
-            return self.latents.to(device, torch.float32)
+            wanted = [self.images, channels, *self.sizes[0][:2]]
+            if not same or list(self.latents.shape) != wanted:
+                sizes = "pictures of one size" if not same else str(wanted)
+                raise InputError(f"latents must be {sizes}, got {list(self.latents.shape)}")
+            return list(self.latents.to(device, torch.float32))
         if isinstance(self.generator, Sequence):
-            return torch.stack([_draw(shape, one, device) for one in self.generator])
-        return _draw(wanted, self.generator, device)
+            dice = self.generator
+        elif same:
+            return list(_draw((self.images, channels, *self.sizes[0][:2]), self.generator, device))
+        else:
+            dice = [self.generator] * self.images
+        shapes = [(channels, size.h, size.w) for size in self.sizes]
+        return [_draw(shape, one, device) for shape, one in zip(shapes, dice, strict=True)]
 
 
-def check_sampling(steps: int, guidance_scale: float, solver: str) -> None:
-    """Refuse senseless sampling options.
+def each_image(name: str, value: object, prompts: int, images_per_prompt: int) -> tuple[Any, ...]:
+    """One value for every picture, of one for all, one for each prompt, or one for each picture.
 
     Raises:
-        InputError: with what was found and what is wanted.
+        InputError: a list of another length.
     """
+    images = prompts * images_per_prompt
+    if not is_list(value):
+        return (value,) * images
+    if len(value) == images:
+        return tuple(value)
+    if len(value) == prompts:
+        return tuple(one for one in value for _ in range(images_per_prompt))
+    raise InputError(
+        f"{name} must be one, or a list of {prompts} (one for each prompt) or {images} (one for "
+        f"each image), got a list of {len(value)}"
+    )
+
+
+def picture_size(height: int | None, width: int | None, config: UniLIPConfig) -> PictureSize:
+    """The size of a picture of `height` x `width` pixels; None for both is the native size.
+
+    Raises:
+        InputError: a side is not a multiple of the decoder's factor.
+    """
+    if height is None and width is None:
+        return PictureSize(config.latent_side, config.latent_side, native=True)
+    factor = config.decoder.upscale
+    sides = []
+    for name, side in (("height", height), ("width", width)):
+        whole = isinstance(side, int) and not isinstance(side, bool)
+        if not whole or side < factor or side % factor:
+            raise InputError(
+                f"{name} must be a multiple of {factor} pixels, at least {factor}, got {side!r}"
+            )
+        sides.append(side // factor)
+    return PictureSize(sides[0], sides[1], native=False)
+
+
+def check_steps(steps: int) -> None:
+    """Raise InputError unless `steps` is a number of solver steps."""
     if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MAX_STEPS:
         raise InputError(
             f"num_inference_steps must be a whole number from 1 to {MAX_STEPS}, got {steps!r}"
         )
-    number = isinstance(guidance_scale, (int, float)) and math.isfinite(guidance_scale)
-    if not number or guidance_scale < 0:
-        raise InputError(f"guidance_scale must be a number of at least 0, got {guidance_scale!r}")
+
+
+def check_guidance(scale: float) -> None:
+    """Raise InputError unless `scale` is a guidance scale."""
+    number = isinstance(scale, (int, float)) and math.isfinite(scale)
+    if not number or scale < 0:
+        raise InputError(f"guidance_scale must be a number of at least 0, got {scale!r}")
+
+
+def check_solver(solver: str) -> None:
+    """Raise InputError unless `solver` is known."""
     if solver not in SOLVERS:
         raise InputError(f"solver must be one of {', '.join(sorted(SOLVERS))}, got {solver!r}")
+
+
+def check_tier(tier: str) -> None:
+    """Raise InputError unless `tier` is known."""
+    if tier not in TIERS:
+        raise InputError(f"tier must be one of {', '.join(TIERS)}, got {tier!r}")
 
 
 def check_output_type(output_type: str) -> None:
@@ -152,20 +185,17 @@ def check_output_type(output_type: str) -> None:
         )
 
 
+def _check_interval(interval: object) -> None:
+    pair = is_list(interval) and len(interval) == 2
+    if not pair or not all(isinstance(end, (int, float)) for end in interval):
+        raise InputError(f"guidance_interval must be (start, end), got {interval!r}")
+    start, end = interval
+    if not 0 <= start < end <= 1:
+        raise InputError(f"guidance_interval must be 0 <= start < end <= 1, got ({start}, {end})")
+
+
 def _draw(
     shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
     source = generator.device if generator is not None else device
     return torch.randn(shape, generator=generator, device=source).to(device)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: must be JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: must hold a JSON object, got {type(values).__name__}")
-    return values

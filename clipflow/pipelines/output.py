@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-Pictures = list[Image.Image] | np.ndarray | Tensor
+# Arrays and tensors of several sizes come in a list.
+Pictures = list[Image.Image] | np.ndarray | Tensor | list[np.ndarray] | list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,3 +26,19 @@ class CLIPFlowPipelineOutput:
     """
 
     images: Pictures
+
+
+def in_order(parts: Sequence[Pictures], places: Sequence[Sequence[int]]) -> Pictures:
+    """The pictures of several runs as one; picture k of a run belongs at `places[run][k]`."""
+    if len(parts) == 1:
+        return parts[0]
+    found = {
+        place: picture
+        for part, run in zip(parts, places, strict=True)
+        for place, picture in zip(run, part, strict=True)
+    }
+    pictures = [found[place] for place in sorted(found)]
+    first = pictures[0]
+    if isinstance(first, Image.Image) or len({picture.shape for picture in pictures}) > 1:
+        return pictures
+    return torch.stack(pictures) if isinstance(first, Tensor) else np.stack(pictures)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from clipflow.models.unilip import UniLIPModel
 from clipflow.models.unilip.loading import materialize_rotary
-from clipflow.pipelines.image_io import write_atomically
+from clipflow.pipelines.conditions import ConditionCache, ConditionEncoder
+from clipflow.pipelines.generation_defaults import FILE_NAME as GENERATION_FILE
+from clipflow.pipelines.generation_defaults import GenerationDefaults
+from clipflow.pipelines.image_io import ImageInput, write_atomically
 from clipflow.pipelines.image_processor import FILE_NAME as PROCESSOR_FILE
 from clipflow.pipelines.image_processor import ImageProcessor
 from clipflow.pipelines.loading import load_tokenizer, load_unilip
 from clipflow.pipelines.model_folders import find_model
-from clipflow.pipelines.options import FILE_NAME as GENERATION_FILE
-from clipflow.pipelines.options import GenerationDefaults
+from clipflow.pipelines.options import check_tier
 from clipflow.pipelines.prompts import Prompts
+from clipflow.pipelines.sampler import Sampler
+from clipflow.sampling import PlanCache
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
@@ -33,13 +39,18 @@ class UniLIPParts:
         *,
         image_processor: ImageProcessor | None = None,
         defaults: GenerationDefaults | None = None,
+        tier: str = "faithful",
     ) -> None:
         """Put a pipeline together from its parts; `from_pretrained` reads them from a folder."""
+        check_tier(tier)
         self.model = model.eval()
+        self.tier = tier
         self.tokenizer = tokenizer
         self.image_processor = image_processor or ImageProcessor.from_config(model.config)
         self.defaults = defaults or GenerationDefaults.from_folder(None, model.config)
         self.prompts = Prompts(tokenizer, model.config)
+        self.conditions = ConditionEncoder(self.model, self.prompts)
+        self.sampler = Sampler(self.model)
         self._progress_bar_config: dict[str, object] = {}
 
     @classmethod
@@ -49,6 +60,7 @@ class UniLIPParts:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        tier: str = "faithful",
         local_files_only: bool = True,
     ) -> Self:
         """Load a model.
@@ -57,6 +69,8 @@ class UniLIPParts:
             name: "scenes" (embedded), a folder, or a hub name "owner/model".
             device: where to put it; the CPU when not given.
             dtype: of the weights; the decoder is float32 always.
+            tier: of sampling where a call names none: "faithful", or "fast", which trades exactness
+                for speed (int8 on CPU, fp8 on GPUs that have it).
             local_files_only: False allows a hub name to be downloaded.
 
         Raises:
@@ -69,6 +83,7 @@ class UniLIPParts:
             load_tokenizer(folder),
             image_processor=ImageProcessor.from_folder(folder, model.config),
             defaults=GenerationDefaults.from_folder(folder, model.config),
+            tier=tier,
         )
         return pipeline.to(device, dtype)
 
@@ -84,6 +99,16 @@ class UniLIPParts:
         }
         for name, text in texts.items():
             write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
+
+    @property
+    def condition_cache(self) -> ConditionCache:
+        """Conditions of the prompts used last: `max_bytes`, `clear()` and `statistics()`."""
+        return self.conditions.cache
+
+    @property
+    def plans(self) -> PlanCache:
+        """The sampling plans in use: `plans()`, each with `explain()`; `max_bytes`, `clear()`."""
+        return self.sampler.plans
 
     @property
     def device(self) -> torch.device:
@@ -115,3 +140,6 @@ class UniLIPParts:
     def set_progress_bar_config(self, **config: object) -> None:
         """Options of the tqdm bar of later calls, e.g. `disable=True`."""
         self._progress_bar_config = config
+
+    def _features(self, images: Sequence[ImageInput]) -> Tensor:
+        return self.model.encode_image(self.image_processor(images).to(self.device, self.dtype))

@@ -1,66 +1,26 @@
-"""Answers and label likelihoods from the language model, with a key-value cache."""
+"""Answers and label likelihoods from what the language model has read."""
 
-# Shape suffixes: B = batch, T = prompt tokens, N = image tokens, H = LM width, M = label tokens.
+# Shape suffixes: B = pictures, H = LM width, M = tokens of a tree, E = edges of it, V = vocabulary.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from clipflow.models.unilip.model import UniLIPModel
+from clipflow.models.unilip.reading import Reading
 
-LABELS_AT_ONCE = 64
-
-
-class Reading:
-    """A prompt the language model has read; it can be continued token by token."""
-
-    def __init__(self, model: UniLIPModel, ids: Tensor, mask: Tensor, features: Tensor) -> None:
-        """Read `ids` [B, T] (left-padded by `mask`) with the pictures' `features` [B, N, H]."""
-        self.model = model
-        self.mask = mask
-        self.cache = DynamicCache(config=model.language_model.config)
-        embeddings = model.embed_prompt(ids, features)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        hidden = self._forward(embeddings, positions)
-        self.next_logits = model.head(hidden[:, -1]).float()
-
-    def copies(self, count: int) -> Reading:
-        """`count` rows that each continue this reading of a single prompt."""
-        twin = copy.copy(self)
-        twin.cache = copy.deepcopy(self.cache)
-        twin.cache.batch_repeat_interleave(count)
-        twin.mask = self.mask.expand(count, -1)
-        twin.next_logits = self.next_logits.expand(count, -1)
-        return twin
-
-    def extend(self, ids: Tensor) -> Tensor:
-        """Read `ids` [B, M] on; returns float32 logits [B, M, V] of what follows each of them."""
-        first = self.mask.sum(-1, keepdim=True)
-        positions = first + torch.arange(ids.shape[1], device=ids.device)
-        self.mask = torch.cat([self.mask, torch.ones_like(ids)], dim=1)
-        logits = self.model.head(self._forward(self.model.embed_prompt(ids), positions)).float()
-        self.next_logits = logits[:, -1]
-        return logits
-
-    def _forward(self, embeddings: Tensor, positions: Tensor) -> Tensor:
-        return self.model.language_model(
-            inputs_embeds=embeddings,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
+TREE_TOKENS = 512  # read beside each other after a prompt
+LOGITS_AT_ONCE = 2**23  # numbers, in float64
 
 
 @torch.no_grad()
 def greedy_tokens(reading: Reading, stop: int, max_new_tokens: int) -> Iterator[list[int]]:
     """Yield the likeliest next token of each row until all rows have said `stop`."""
-    done = torch.zeros(reading.mask.shape[0], dtype=torch.bool, device=reading.mask.device)
+    done = torch.zeros_like(reading.lengths, dtype=torch.bool)
     for count in range(max_new_tokens):
         tokens = reading.next_logits.argmax(-1).masked_fill(done, stop)
         done |= tokens == stop
@@ -68,7 +28,7 @@ def greedy_tokens(reading: Reading, stop: int, max_new_tokens: int) -> Iterator[
         if done.all():
             return
         if count + 1 < max_new_tokens:
-            reading.extend(tokens[:, None])
+            reading.extend(tokens)
 
 
 def text_pieces(
@@ -100,31 +60,93 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], strip: b
     return text.strip() if strip else text
 
 
+@dataclass
+class LabelTree:
+    """Labels as a tree of tokens, so that what they begin with alike is read once.
+
+    Node 0 is the end of the prompt, node k + 1 the token `tokens[k]` that follows node
+    `parents[k]`. An edge is a token whose likelihood counts, with the node it follows; that of a
+    label's last token leads to no node.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    edges: dict[tuple[int, int], int] = field(default_factory=dict)
+    paths: list[list[int]] = field(default_factory=list)  # edges of each label
+    _nodes: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def add(self, label: Sequence[int]) -> None:
+        """Put in the token ids of one more label."""
+        node, path = 0, []
+        for count, token in enumerate(label, 1):
+            path.append(self.edges.setdefault((node, token), len(self.edges)))
+            if count < len(label):
+                node = self._child(node, token)
+        self.paths.append(path)
+
+    def _child(self, node: int, token: int) -> int:
+        if (node, token) not in self._nodes:
+            self.tokens.append(token)
+            self.parents.append(node)
+            self._nodes[node, token] = len(self.tokens)
+        return self._nodes[node, token]
+
+    def ancestry(self) -> tuple[list[int], list[list[int]]]:
+        """Of each token of the tree: how far it is from the prompt, and the tokens up to it."""
+        above: list[list[int]] = []
+        for place, parent in enumerate(self.parents):
+            above.append([*(above[parent - 1] if parent else []), place])
+        return [len(places) - 1 for places in above], above
+
+
+def label_trees(labels: Sequence[Sequence[int]]) -> list[LabelTree]:
+    """Trees of `labels`, in order, each of at most `TREE_TOKENS` tokens or of a single label."""
+    trees: list[LabelTree] = []
+    for label in labels:
+        if not trees or len(trees[-1].tokens) + len(label) - 1 > TREE_TOKENS:
+            trees.append(LabelTree())
+        trees[-1].add(label)
+    return trees
+
+
 @torch.no_grad()
-def label_log_likelihoods(reading: Reading, labels: Sequence[Sequence[int]]) -> Tensor:
-    """Log-likelihood of each label as the whole answer to the prompt of `reading` (one row).
+def label_log_likelihoods(reading: Reading, trees: Sequence[LabelTree]) -> Tensor:
+    """Log-likelihood of each label as the whole answer to the prompts of `reading`.
 
     Args:
-        reading: one prompt with its picture.
-        labels: token ids of each label, ending with the end-of-turn token, so that "a red star"
+        reading: prompts of one length, with room for the largest tree.
+        trees: token ids of the labels, each ending with the end-of-turn token, so that "a red star"
             is not a mere beginning of a longer answer.
 
     Returns:
-        [len(labels)] float64 on the CPU: the sum over each label's tokens, not divided by length.
+        [B, labels] float64 on the CPU: the sum over each label's tokens, not divided by length.
     """
-    chunks = [labels[k : k + LABELS_AT_ONCE] for k in range(0, len(labels), LABELS_AT_ONCE)]
-    return torch.cat([_chunk_log_likelihoods(reading, chunk) for chunk in chunks])
+    scores = []
+    for tree in trees:
+        edges = _edge_log_likelihoods(reading, tree).cpu()
+        scores += [edges[:, path].sum(-1) for path in tree.paths]
+    return torch.stack(scores, dim=1)
 
 
-def _chunk_log_likelihoods(reading: Reading, labels: Sequence[Sequence[int]]) -> Tensor:
-    width = max(len(label) for label in labels)
-    device = reading.mask.device
-    # Padding on the right: real tokens never attend to it, and its own scores are masked out.
-    ids = torch.tensor([[*label, *[0] * (width - len(label))] for label in labels], device=device)
-    real = torch.tensor([[k < len(label) for k in range(width)] for label in labels], device=device)
-    branch = reading.copies(len(labels))
-    logits = branch.next_logits[:, None]
-    if width > 1:
-        logits = torch.cat([logits, branch.extend(ids[:, :-1])], dim=1)
-    scores = logits.double().log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
-    return (scores * real).sum(-1).cpu()
+def _edge_log_likelihoods(reading: Reading, tree: LabelTree) -> Tensor:
+    """[B, E] float64: how likely each edge's token follows its node."""
+    states = reading.hidden[:, None]
+    device = states.device
+    if tree.tokens:
+        depths, above = tree.ancestry()
+        ancestors = torch.zeros(len(above), len(above), dtype=torch.bool)
+        for place, places in enumerate(above):
+            ancestors[place, places] = True
+        tokens, depths = torch.tensor([tree.tokens, depths]).to(device)
+        read = reading.tree(tokens, depths, ancestors.to(device))
+        states = torch.cat([states, read], dim=1)
+    nodes, tokens = torch.tensor(list(tree.edges)).T.to(device)
+    scores = states.new_empty(len(states), len(tokens), dtype=torch.float64)
+    at_once = max(1, LOGITS_AT_ONCE // (len(states) * reading.model.config.text.vocab_size))
+    for first in range(0, states.shape[1], at_once):
+        logits = reading.model.head(states[:, first : first + at_once]).float().double()
+        here = (nodes >= first) & (nodes < first + at_once)
+        place = nodes[here] - first
+        total = logits.logsumexp(-1)[:, place]
+        scores[:, here] = logits[:, place, tokens[here]] - total
+    return scores

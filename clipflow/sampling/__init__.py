@@ -1,22 +1,26 @@
-"""Flow-matching schedules, solvers, guidance and the sampling loop; no model inside."""
+"""Flow-matching schedules, solvers, the sampling loop and sampling plans; no model inside."""
 
 from clipflow.sampling.flow_matching import FlowTimes, draw_times, flow_matching_loss, interpolate
-from clipflow.sampling.guidance import combine, model_rows
+from clipflow.sampling.plan import TIERS, Denoiser, PlanSpec, SamplingPlan
+from clipflow.sampling.plan_cache import PlanCache
 from clipflow.sampling.sample import sample
 from clipflow.sampling.schedule import FlowSchedule, flow_schedule
-from clipflow.sampling.solvers import SOLVERS, Solver, make_solver
+from clipflow.sampling.solvers import SOLVERS, Evaluation, solver_table
 
 __all__ = [
     "SOLVERS",
+    "TIERS",
+    "Denoiser",
+    "Evaluation",
     "FlowSchedule",
     "FlowTimes",
-    "Solver",
-    "combine",
+    "PlanCache",
+    "PlanSpec",
+    "SamplingPlan",
     "draw_times",
     "flow_matching_loss",
     "flow_schedule",
     "interpolate",
-    "make_solver",
-    "model_rows",
     "sample",
+    "solver_table",
 ]

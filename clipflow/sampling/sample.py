@@ -1,4 +1,9 @@
-"""The sampling loop: noise to latents along the flow ODE, with guidance."""
+"""The sampling loop of any velocity model: noise to latents along the flow ODE, with guidance.
+
+    v = null + g * (cond - null)
+
+Source: Ho & Salimans, "Classifier-Free Diffusion Guidance" (2022).
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clipflow.sampling.guidance import VelocityModel, model_rows
+from clipflow.sampling.loop import SamplingLoop
 from clipflow.sampling.schedule import FlowSchedule
-from clipflow.sampling.solvers import make_solver
+from clipflow.sampling.solvers import solver_table
 
+# model(latents [R, C, h, w], timesteps [R] int64) -> velocity [R, C, h, w]
+VelocityModel = Callable[[Tensor, Tensor], Tensor]
 # callback(step, timestep, latents) -> replacement of the latents, or None to keep them.
 StepCallback = Callable[[int, int, Tensor], Tensor | None]
 
@@ -28,6 +35,8 @@ def sample(
 ) -> Tensor:
     """Integrate the flow from `noise` to clean latents.
 
+    `clipflow.sampling.SamplingPlan` does the same for the models that it knows, faster.
+
     Args:
         model: velocity of rows; called with 2B rows [null, cond], or B rows at guidance 1.
         noise: [B, C, h, w], standard normal.
@@ -44,20 +53,29 @@ def sample(
     Raises:
         ValueError: `solver` is not known.
     """
-    run = make_solver(solver, schedule.sigmas)
+    table = solver_table(solver, schedule.sigmas)
     timesteps: list[int] = schedule.timesteps.tolist()
-    dtype = noise.dtype if model_dtype is None else model_dtype
+    guided = isinstance(guidance_scale, Tensor) or guidance_scale != 1.0
+    loop = SamplingLoop(
+        table,
+        noise.shape,
+        guided=[guided] * len(table),
+        latents_dtype=torch.promote_types(noise.dtype, torch.float32),
+        model_dtype=noise.dtype if model_dtype is None else model_dtype,
+        device=noise.device,
+    )
+    loop.start(noise)
 
     def velocity(rows: Tensor, index: int) -> Tensor:
-        return model(rows, torch.full((len(rows),), timesteps[index], device=rows.device))
+        times = torch.full((len(rows),), timesteps[table[index].level], device=rows.device)
+        # A copy, since flow_step writes the next rows in place.
+        return model(rows.clone(), times)
 
-    latents = noise.to(torch.promote_types(noise.dtype, torch.float32))
-    rows = model_rows(latents, guidance_scale, dtype)
-    for index, timestep in enumerate(timesteps):
-        latents, rows = run.advance(index, latents, rows, velocity, guidance_scale)
-        if callback is not None:
-            replaced = callback(index, timestep, latents)
+    for index, entry in enumerate(table):
+        loop.evaluate(index, velocity, guidance_scale)
+        if callback is not None and entry.ends_step:
+            replaced = callback(entry.step, timesteps[entry.step], loop.latents.clone())
             if replaced is not None:
-                latents = replaced.to(latents.dtype)
-                rows = model_rows(latents, guidance_scale, dtype)
-    return latents
+                loop.latents.copy_(replaced)
+                loop.refresh()
+    return loop.latents

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 
@@ -56,6 +57,16 @@ inline void check_qk(const QKTensors& side, const Tensor& q, bool across_heads) 
                   x.stride(2));
   STD_TORCH_CHECK(side.cos.has_value() == side.sin.has_value(), "qk_norm_rope: ", side.name,
                   " must have a table of cosines and one of sines, or none");
+}
+
+// [B, L, H, K], contiguous, with the shape, dtype and device of `x`.
+inline void check_qk_out(const char* name, const Tensor& out, const Tensor& x) {
+  const auto wanted = x.sizes(), found = out.sizes();
+  STD_TORCH_CHECK(std::equal(wanted.begin(), wanted.end(), found.begin(), found.end()) &&
+                      out.is_contiguous() && out.scalar_type() == x.scalar_type() &&
+                      out.is_cpu() == x.is_cpu(),
+                  "qk_norm_rope: ", name,
+                  " must be contiguous, with the shape, dtype and device of its input");
 }
 
 }  // namespace clipflow

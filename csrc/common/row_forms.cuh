@@ -87,6 +87,14 @@ struct HeldRow {
     return kept;
   }
 
+  // As `keep`, of values that T holds, and stored to `row`, which f may have read.
+  template <typename T, typename F>
+  __device__ __forceinline__ Kept keep_stored(T* row, F f) const {
+    const Kept kept = keep(f);
+    store(row, kept);
+    return kept;
+  }
+
   // factor times the sum of `count` rows; row number k begins at row_of(k).
   template <typename RowOf>
   __device__ __forceinline__ Kept sum_of_rows(int count, float factor, RowOf row_of) const {
@@ -163,6 +171,13 @@ struct StreamedRow {
   template <typename F>
   __device__ __forceinline__ F keep(F f) const {
     return f;
+  }
+
+  // Read back from `row`, each value by the thread that stored it: what f reads may be overwritten.
+  template <typename T, typename F>
+  __device__ __forceinline__ Loaded<T> keep_stored(T* row, F f) const {
+    store(row, f);
+    return {row};
   }
 
   template <typename RowOf>

@@ -13,22 +13,37 @@ namespace {
 
 const AdaLNNormRows& rows() { return CLIPFLOW_CHOOSE(adaln_norm_rows); }
 
-Tensor adaln_norm_cpu(const Tensor& x, const std::optional<Tensor>& shift, const Tensor& scale,
-                      const std::optional<Tensor>& weight, const std::optional<Tensor>& table,
-                      bool rms, double eps) {
+using Optional = std::optional<Tensor>;
+
+// Writes y, which is contiguous and like x.
+void write_adaln_norm(const Tensor& x, const Optional& shift, const Tensor& scale,
+                      const Optional& weight, const Optional& table, bool rms, double eps,
+                      const Tensor& y) {
   check_tokens("adaln_norm", "x", x, x);
   const auto forward = rows().forward[dtype_index("adaln_norm", x)];
   AdaLNForward call = {};
   call.modulation = modulation_of("adaln_norm", x, shift, scale, weight, table);
-  Tensor y = new_like(x);
-  if (x.numel() == 0) return y;
+  if (x.numel() == 0) return;
   call.x = x.const_data_ptr();
   call.y = y.mutable_data_ptr();
   call.shape = shape_of("adaln_norm", x, scale.size(0), rms, eps, {&y});
   for_items_with_scratch(
       scale.size(0) * call.shape.tokens, call.shape.channels, call.shape,
       [&](int64_t begin, int64_t end, void* scratch) { forward(call, begin, end, scratch); });
+}
+
+Tensor adaln_norm_cpu(const Tensor& x, const Optional& shift, const Tensor& scale,
+                      const Optional& weight, const Optional& table, bool rms, double eps) {
+  Tensor y = new_like(x);
+  write_adaln_norm(x, shift, scale, weight, table, rms, eps, y);
   return y;
+}
+
+void adaln_norm_out_cpu(const Tensor& x, const Optional& shift, const Tensor& scale,
+                        const Optional& weight, const Optional& table, bool rms, double eps,
+                        Tensor y) {
+  check_tokens("adaln_norm", "out", x, y);
+  write_adaln_norm(x, shift, scale, weight, table, rms, eps, y);
 }
 
 std::tuple<Tensor, Tensor, Tensor> adaln_norm_backward_cpu(const Tensor& grad, const Tensor& x,
@@ -62,6 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> adaln_norm_backward_cpu(const Tensor& grad, c
 
 STABLE_TORCH_LIBRARY_IMPL(clipflow, CPU, m) {
   m.impl("adaln_norm", TORCH_BOX(&adaln_norm_cpu));
+  m.impl("adaln_norm_out", TORCH_BOX(&adaln_norm_out_cpu));
   m.impl("adaln_norm_backward", TORCH_BOX(&adaln_norm_backward_cpu));
 }
 

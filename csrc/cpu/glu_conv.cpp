@@ -28,19 +28,22 @@ void check_channels(const char* name, const Tensor& x, const Tensor& tensor,
                   "glu_conv: ", name, " must have the dtype and device of x");
 }
 
-Tensor glu_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t height,
-                    int64_t width, bool pre_silu) {
+void check_tokens(const Tensor& x, int64_t height, int64_t width) {
   STD_TORCH_CHECK(x.dim() == 3 && height >= 0 && width >= 0 && x.size(1) == height * width &&
                       x.size(2) % 2 == 0,
                   "glu_conv: x must be [B, height * width, 2M]");
+}
+
+// Writes y, [B, height * width, M], which is contiguous and has the dtype of x.
+void write_glu_conv(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t height,
+                    int64_t width, bool pre_silu, const Tensor& y) {
   STD_TORCH_CHECK(x.numel() == 0 || x.stride(2) == 1, "glu_conv: x must have contiguous channels");
   check_channels("weight", x, weight, 9);
   check_channels("bias", x, bias, 1);
   const auto forward =
       CLIPFLOW_CHOOSE(glu_conv_rows).forward[dtype_index("glu_conv", x)];
   const int64_t channels = x.size(2) / 2;
-  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), channels});
-  if (y.numel() == 0) return y;
+  if (y.numel() == 0) return;
 
   const GluConv call = {
       .x = x.const_data_ptr(),
@@ -63,11 +66,32 @@ Tensor glu_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, i
       call.samples * call.row_tiles * call.column_tiles * call.channel_tiles;
   for_items(count, 2 * (y.numel() / count),
             [&](int64_t begin, int64_t end) { forward(call, begin, end); });
+}
+
+Tensor glu_conv_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t height,
+                    int64_t width, bool pre_silu) {
+  check_tokens(x, height, width);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2) / 2});
+  write_glu_conv(x, weight, bias, height, width, pre_silu, y);
   return y;
+}
+
+void glu_conv_out_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t height,
+                      int64_t width, bool pre_silu, Tensor y) {
+  check_tokens(x, height, width);
+  STD_TORCH_CHECK(y.dim() == 3 && y.size(0) == x.size(0) && y.size(1) == x.size(1) &&
+                      y.size(2) == x.size(2) / 2 && y.is_contiguous() && y.is_cpu() &&
+                      y.scalar_type() == x.scalar_type(),
+                  "glu_conv: out must be [B, height * width, M], contiguous, with the dtype and "
+                  "device of x");
+  write_glu_conv(x, weight, bias, height, width, pre_silu, y);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(clipflow, CPU, m) { m.impl("glu_conv", TORCH_BOX(&glu_conv_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(clipflow, CPU, m) {
+  m.impl("glu_conv", TORCH_BOX(&glu_conv_cpu));
+  m.impl("glu_conv_out", TORCH_BOX(&glu_conv_out_cpu));
+}
 
 }  // namespace clipflow

@@ -27,7 +27,9 @@ HeadView view_of(const char* name, const Tensor& tensor, const Tensor& q) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-Tensor linear_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, double eps) {
+// Writes y, which is contiguous and like v.
+void write_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v, double eps,
+                            const Tensor& y) {
   LinearAttention call = {
       .q = view_of("q", q, q),
       .k = view_of("k", k, q),
@@ -39,8 +41,7 @@ Tensor linear_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, d
       .eps = eps,
   };
   const int64_t dtype = dtype_index("linear_attention", q);
-  Tensor y = torch::stable::new_empty(v, v.sizes());
-  if (q.numel() == 0) return y;
+  if (q.numel() == 0) return;
   call.y = y.mutable_data_ptr();
   const auto forward = rows().forward[dtype];
   const int64_t rows_of_scratch = call.width + 1 + 2 * kAttentionChunk;
@@ -52,13 +53,26 @@ Tensor linear_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, d
     const auto address = reinterpret_cast<uintptr_t>(buffer.get());
     forward(call, begin, end, reinterpret_cast<void*>((address + 63) / 64 * 64));
   });
+}
+
+Tensor linear_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, double eps) {
+  Tensor y = torch::stable::new_empty(v, v.sizes());
+  write_linear_attention(q, k, v, eps, y);
   return y;
+}
+
+void linear_attention_out_cpu(const Tensor& q, const Tensor& k, const Tensor& v, double eps,
+                              Tensor y) {
+  view_of("out", y, q);
+  STD_TORCH_CHECK(y.is_contiguous(), "linear_attention: out must be contiguous");
+  write_linear_attention(q, k, v, eps, y);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(clipflow, CPU, m) {
   m.impl("linear_attention", TORCH_BOX(&linear_attention_cpu));
+  m.impl("linear_attention_out", TORCH_BOX(&linear_attention_out_cpu));
 }
 
 }  // namespace clipflow

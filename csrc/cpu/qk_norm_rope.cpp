@@ -23,7 +23,7 @@ using Optional = std::optional<Tensor>;
 
 const QKNormRopeRows& rows() { return CLIPFLOW_CHOOSE(qk_norm_rope_rows); }
 
-QKSide side_of(const QKTensors& given, Tensor& y, bool across_heads) {
+QKSide side_of(const QKTensors& given, const Tensor& y, bool across_heads) {
   const Tensor& x = given.x;
   const int64_t heads = x.size(2), width = x.size(3);
   const int64_t group = across_heads ? heads * width : width;
@@ -49,21 +49,18 @@ bool aligned(const Tensor& y) {
          reinterpret_cast<std::uintptr_t>(y.const_data_ptr()) % 64 == 0;
 }
 
-std::tuple<Tensor, Tensor> qk_norm_rope_cpu(const Tensor& q, const Tensor& k,
-                                            const Optional& q_weight, const Optional& k_weight,
-                                            const Optional& q_bias, const Optional& k_bias,
-                                            const Optional& q_cos, const Optional& q_sin,
-                                            const Optional& k_cos, const Optional& k_sin,
-                                            int64_t norm, bool across_heads, bool interleaved,
-                                            double eps) {
+// Writes q_out and k_out, which are contiguous and like q and k.
+void write_qk_norm_rope(const Tensor& q, const Tensor& k, const Optional& q_weight,
+                        const Optional& k_weight, const Optional& q_bias, const Optional& k_bias,
+                        const Optional& q_cos, const Optional& q_sin, const Optional& k_cos,
+                        const Optional& k_sin, int64_t norm, bool across_heads, bool interleaved,
+                        double eps, const Tensor& q_out, const Tensor& k_out) {
   const QKTensors queries = {"q", q, q_weight, q_bias, q_cos, q_sin};
   const QKTensors keys = {"k", k, k_weight, k_bias, k_cos, k_sin};
   check_qk(queries, q, across_heads);
   check_qk(keys, q, across_heads);
   STD_TORCH_CHECK(norm >= 0 && norm <= 2, "qk_norm_rope: norm must be 0, 1 or 2, got ", norm);
   const auto forward = rows().forward[dtype_index("qk_norm_rope", q)];
-  Tensor q_out = torch::stable::new_empty(q, q.sizes());
-  Tensor k_out = torch::stable::new_empty(k, k.sizes());
   const QKNormRope call = {
       .sides = {side_of(queries, q_out, across_heads), side_of(keys, k_out, across_heads)},
       .width = q.size(3),
@@ -80,7 +77,7 @@ std::tuple<Tensor, Tensor> qk_norm_rope_cpu(const Tensor& q, const Tensor& k,
   const int64_t tokens[2] = {q.size(0) * q.size(1), k.size(0) * k.size(1)};
   const int64_t items = std::max(tokens[0], tokens[1]);
   const int64_t heads = std::max(q.size(2), k.size(2));
-  if (q.numel() + k.numel() == 0) return {q_out, k_out};
+  if (q.numel() + k.numel() == 0) return;
   for_items(items, (q.numel() + k.numel()) / items, [&](int64_t begin, int64_t end) {
     // Doubles hold the values of every dtype.
     const std::unique_ptr<double[]> scratch(new double[2 * (heads + 1) * call.width]);
@@ -89,13 +86,38 @@ std::tuple<Tensor, Tensor> qk_norm_rope_cpu(const Tensor& q, const Tensor& k,
       if (first < last) forward(call, side, first, last, scratch.get());
     }
   });
+}
+
+std::tuple<Tensor, Tensor> qk_norm_rope_cpu(const Tensor& q, const Tensor& k,
+                                            const Optional& q_weight, const Optional& k_weight,
+                                            const Optional& q_bias, const Optional& k_bias,
+                                            const Optional& q_cos, const Optional& q_sin,
+                                            const Optional& k_cos, const Optional& k_sin,
+                                            int64_t norm, bool across_heads, bool interleaved,
+                                            double eps) {
+  Tensor q_out = torch::stable::new_empty(q, q.sizes());
+  Tensor k_out = torch::stable::new_empty(k, k.sizes());
+  write_qk_norm_rope(q, k, q_weight, k_weight, q_bias, k_bias, q_cos, q_sin, k_cos, k_sin, norm,
+                     across_heads, interleaved, eps, q_out, k_out);
   return {q_out, k_out};
+}
+
+void qk_norm_rope_out_cpu(const Tensor& q, const Tensor& k, const Optional& q_weight,
+                          const Optional& k_weight, const Optional& q_bias, const Optional& k_bias,
+                          const Optional& q_cos, const Optional& q_sin, const Optional& k_cos,
+                          const Optional& k_sin, int64_t norm, bool across_heads, bool interleaved,
+                          double eps, Tensor q_out, Tensor k_out) {
+  check_qk_out("q_out", q_out, q);
+  check_qk_out("k_out", k_out, k);
+  write_qk_norm_rope(q, k, q_weight, k_weight, q_bias, k_bias, q_cos, q_sin, k_cos, k_sin, norm,
+                     across_heads, interleaved, eps, q_out, k_out);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(clipflow, CPU, m) {
   m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope_cpu));
+  m.impl("qk_norm_rope_out", TORCH_BOX(&qk_norm_rope_out_cpu));
 }
 
 }  // namespace clipflow

@@ -16,6 +16,7 @@
 namespace clipflow {
 namespace {
 
+using Optional = std::optional<Tensor>;
 using torch::headeronly::ScalarType;
 
 // Quantized rows are kept for as many rows at a time as fit; the weight is read once for each.
@@ -67,21 +68,23 @@ void check_weight(const Tensor& weight, const Tensor& limits, int64_t K, int64_t
                   "quantized_linear: limits must be int32 [", groups, ", 2]");
 }
 
-// `dtype` of y: 0 float32, 1 bfloat16, 2 float16.
-Tensor quantized_linear_cpu(const Tensor& x, const std::optional<Tensor>& x_scales,
-                            const Tensor& weight, const Tensor& limits, const Tensor& scales,
-                            const std::optional<Tensor>& bias, int64_t dtype) {
+// Of y: 0 float32, 1 bfloat16, 2 float16.
+ScalarType result_dtype(int64_t dtype) {
   constexpr ScalarType kDtypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
   STD_TORCH_CHECK(dtype >= 0 && dtype < 3, "quantized_linear: dtype must be 0, 1 or 2");
+  return kDtypes[dtype];
+}
+
+// Writes y, [..., N], which is contiguous and has `dtype`.
+void write_quantized_linear(const Tensor& x, const Optional& x_scales, const Tensor& weight,
+                            const Tensor& limits, const Tensor& scales, const Optional& bias,
+                            int64_t dtype, const Tensor& y) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1 && x.is_contiguous(),
                   "quantized_linear: x must be contiguous, [..., K], on the CPU");
   const int64_t input = input_index(x, x_scales);
   const int64_t K = x.size(x.dim() - 1), N = scales.numel();
   check_weight(weight, limits, K, N);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = N;
-  Tensor y = torch::stable::new_empty(x, shape, kDtypes[dtype]);
-  if (y.numel() == 0) return y;
+  if (y.numel() == 0) return;
 
   const int64_t M = x.numel() / K, panels = weight.size(0), groups = weight.size(1);
   const int64_t row_bytes =
@@ -118,13 +121,37 @@ Tensor quantized_linear_cpu(const Tensor& x, const std::optional<Tensor>& x_scal
     for_items(blocks * panels, call.block_rows * groups * kGroup,
               [&](int64_t begin, int64_t end) { rows().multiply[dtype](call, begin, end); });
   }
+}
+
+Tensor quantized_linear_cpu(const Tensor& x, const Optional& x_scales, const Tensor& weight,
+                            const Tensor& limits, const Tensor& scales, const Optional& bias,
+                            int64_t dtype) {
+  STD_TORCH_CHECK(x.dim() >= 1, "quantized_linear: x must be [..., K]");
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = scales.numel();
+  Tensor y = torch::stable::new_empty(x, shape, result_dtype(dtype));
+  write_quantized_linear(x, x_scales, weight, limits, scales, bias, dtype, y);
   return y;
+}
+
+void quantized_linear_out_cpu(const Tensor& x, const Optional& x_scales, const Tensor& weight,
+                              const Tensor& limits, const Tensor& scales, const Optional& bias,
+                              int64_t dtype, Tensor y) {
+  const auto sizes = x.sizes(), found = y.sizes();
+  STD_TORCH_CHECK(!sizes.empty() && found.size() == sizes.size() &&
+                      std::equal(sizes.begin(), sizes.end() - 1, found.begin()) &&
+                      found[found.size() - 1] == scales.numel() && y.is_contiguous() &&
+                      y.is_cpu() && y.scalar_type() == result_dtype(dtype),
+                  "quantized_linear: out must be [..., ", scales.numel(),
+                  "], contiguous and in the dtype of the output");
+  write_quantized_linear(x, x_scales, weight, limits, scales, bias, dtype, y);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(clipflow, CPU, m) {
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear_cpu));
+  m.impl("quantized_linear_out", TORCH_BOX(&quantized_linear_out_cpu));
 }
 
 }  // namespace clipflow

@@ -49,12 +49,12 @@ void run(Kernel kernel, SwiGLU call, const Tensor& a) {
             [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
-Tensor swiglu_cpu(const Tensor& a_given, const Tensor& b_given) {
+// Writes y, which is contiguous and like a.
+void write_swiglu(const Tensor& a_given, const Tensor& b_given, const Tensor& y) {
   STD_TORCH_CHECK(a_given.dim() > 0, "swiglu: a must have a dimension");
   check_like("swiglu", "b", a_given, b_given);
   const auto forward = rows().forward[dtype_index("swiglu", a_given)];
-  Tensor y = torch::stable::new_empty(a_given, a_given.sizes());
-  if (y.numel() == 0) return y;
+  if (y.numel() == 0) return;
   const Tensor a = with_equal_rows(a_given), b = with_equal_rows(b_given);
   SwiGLU call = {};
   call.a = a.const_data_ptr();
@@ -65,7 +65,18 @@ Tensor swiglu_cpu(const Tensor& a_given, const Tensor& b_given) {
   call.width = width_of(a, {call.a_stride, call.b_stride});
   call.streamed = worth_streaming(y, call.width);
   run(forward, call, a);
+}
+
+Tensor swiglu_cpu(const Tensor& a, const Tensor& b) {
+  Tensor y = torch::stable::new_empty(a, a.sizes());
+  write_swiglu(a, b, y);
   return y;
+}
+
+void swiglu_out_cpu(const Tensor& a, const Tensor& b, Tensor y) {
+  check_like("swiglu", "out", a, y);
+  STD_TORCH_CHECK(y.is_contiguous(), "swiglu: out must be contiguous");
+  write_swiglu(a, b, y);
 }
 
 std::tuple<Tensor, Tensor> swiglu_backward_cpu(const Tensor& grad_given, const Tensor& a_given,
@@ -98,6 +109,7 @@ std::tuple<Tensor, Tensor> swiglu_backward_cpu(const Tensor& grad_given, const T
 
 STABLE_TORCH_LIBRARY_IMPL(clipflow, CPU, m) {
   m.impl("swiglu", TORCH_BOX(&swiglu_cpu));
+  m.impl("swiglu_out", TORCH_BOX(&swiglu_out_cpu));
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward_cpu));
 }
 

@@ -144,12 +144,14 @@ void Backward<T>::long_rows() const {
   adaln_norm_bwd_long_kernel<T><<<grid, kMaxThreads, 0, stream>>>(*this);
 }
 
-Tensor adaln_norm_cuda(const Tensor& x, const std::optional<Tensor>& shift, const Tensor& scale,
-                       const std::optional<Tensor>& weight, const std::optional<Tensor>& table,
-                       bool rms, double eps) {
+using Optional = std::optional<Tensor>;
+
+// Writes y, which is contiguous and like x.
+void write_adaln_norm(const Tensor& x, const Optional& shift, const Tensor& scale,
+                      const Optional& weight, const Optional& table, bool rms, double eps,
+                      const Tensor& y) {
   check_rows_like("adaln_norm", "x", x, x);
-  Tensor y = torch::stable::empty_like(x);
-  if (x.numel() == 0) return y;
+  if (x.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   with_element("adaln_norm", x, [&]<typename T>(T*) {
     const int64_t D = x.size(x.dim() - 1), R = x.numel() / D;
@@ -166,7 +168,20 @@ Tensor adaln_norm_cuda(const Tensor& x, const std::optional<Tensor>& shift, cons
     launch_rows<T>(call, D, aligned(call.modulation) && aligned16({call.x, call.y}));
   });
   check_launch("adaln_norm");
+}
+
+Tensor adaln_norm_cuda(const Tensor& x, const Optional& shift, const Tensor& scale,
+                       const Optional& weight, const Optional& table, bool rms, double eps) {
+  Tensor y = torch::stable::empty_like(x);
+  write_adaln_norm(x, shift, scale, weight, table, rms, eps, y);
   return y;
+}
+
+void adaln_norm_out_cuda(const Tensor& x, const Optional& shift, const Tensor& scale,
+                         const Optional& weight, const Optional& table, bool rms, double eps,
+                         Tensor y) {
+  check_rows_like("adaln_norm", "out", x, y);
+  write_adaln_norm(x, shift, scale, weight, table, rms, eps, y);
 }
 
 std::tuple<Tensor, Tensor, Tensor> adaln_norm_backward_cuda(const Tensor& grad, const Tensor& x,
@@ -204,6 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> adaln_norm_backward_cuda(const Tensor& grad, 
 
 STABLE_TORCH_LIBRARY_IMPL(clipflow, CUDA, m) {
   m.impl("adaln_norm", TORCH_BOX(&adaln_norm_cuda));
+  m.impl("adaln_norm_out", TORCH_BOX(&adaln_norm_out_cuda));
   m.impl("adaln_norm_backward", TORCH_BOX(&adaln_norm_backward_cuda));
 }
 

@@ -127,23 +127,19 @@ void Forward<T>::long_rows() const {
   adaln_norm_quant_fwd_long_kernel<T><<<row_grid(tokens, 1), kMaxThreads, 0, stream>>>(*this);
 }
 
-std::tuple<Tensor, Tensor> adaln_norm_quant_cuda(const Tensor& x,
-                                                 const std::optional<Tensor>& shift,
-                                                 const Tensor& scale,
-                                                 const std::optional<Tensor>& weight,
-                                                 const std::optional<Tensor>& table, bool rms,
-                                                 double eps, ScalarType dtype) {
+using Optional = std::optional<Tensor>;
+
+// Writes values, in `dtype` and the shape of x, and scales, float32, one a token; both contiguous.
+void write_adaln_norm_quant(const Tensor& x, const Optional& shift, const Tensor& scale,
+                            const Optional& weight, const Optional& table, bool rms, double eps,
+                            ScalarType dtype, const Tensor& values, const Tensor& scales) {
   check_rows_like(kOp, "x", x, x);
   STD_TORCH_CHECK(dtype == ScalarType::Char || dtype == ScalarType::Float8_e4m3fn, kOp,
                   ": dtype must be int8 or float8_e4m3fn");
-  const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  Tensor values = torch::stable::new_empty(x, sizes, dtype);
-  Tensor scales =
-      torch::stable::new_empty(x, {sizes.data(), sizes.size() - 1}, ScalarType::Float);
-  if (x.numel() == 0) return {values, scales};
+  if (x.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   with_element(kOp, x, [&]<typename T>(T*) {
-    const int64_t D = sizes.back(), R = x.numel() / D;
+    const int64_t D = x.size(x.dim() - 1), R = x.numel() / D;
     const Forward<T> call{.x = static_cast<const T*>(x.const_data_ptr()),
                           .values = values.mutable_data_ptr(),
                           .scales = static_cast<float*>(scales.mutable_data_ptr()),
@@ -158,13 +154,38 @@ std::tuple<Tensor, Tensor> adaln_norm_quant_cuda(const Tensor& x,
     launch_rows<T>(call, D, aligned(call.modulation) && aligned16({call.x, call.values}));
   });
   check_launch(kOp);
+}
+
+std::tuple<Tensor, Tensor> adaln_norm_quant_cuda(const Tensor& x, const Optional& shift,
+                                                 const Tensor& scale, const Optional& weight,
+                                                 const Optional& table, bool rms, double eps,
+                                                 ScalarType dtype) {
+  check_rows_like(kOp, "x", x, x);
+  const std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  Tensor values = torch::stable::new_empty(x, sizes, dtype);
+  Tensor scales =
+      torch::stable::new_empty(x, {sizes.data(), sizes.size() - 1}, ScalarType::Float);
+  write_adaln_norm_quant(x, shift, scale, weight, table, rms, eps, dtype, values, scales);
   return {values, scales};
+}
+
+void adaln_norm_quant_out_cuda(const Tensor& x, const Optional& shift, const Tensor& scale,
+                               const Optional& weight, const Optional& table, bool rms, double eps,
+                               ScalarType dtype, Tensor values, Tensor scales) {
+  STD_TORCH_CHECK(values.scalar_type() == dtype && values.numel() == x.numel() &&
+                      values.is_contiguous() && values.is_cuda(),
+                  kOp, ": values must be contiguous, in dtype and the shape of x");
+  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float && scales.is_contiguous() &&
+                      scales.is_cuda() && scales.numel() * x.size(x.dim() - 1) == x.numel(),
+                  kOp, ": scales must be contiguous float32, one for each token of x");
+  write_adaln_norm_quant(x, shift, scale, weight, table, rms, eps, dtype, values, scales);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(clipflow, CUDA, m) {
   m.impl("adaln_norm_quant", TORCH_BOX(&adaln_norm_quant_cuda));
+  m.impl("adaln_norm_quant_out", TORCH_BOX(&adaln_norm_quant_out_cuda));
 }
 
 }  // namespace clipflow

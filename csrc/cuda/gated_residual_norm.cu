@@ -49,10 +49,9 @@ __device__ __forceinline__ void forward_token(const Forward<T>& a, const Row& ro
   const auto gate_table = row.load_optional(a.gate_table);
   const auto scale = row.load(a.modulation.scale_row(sample));
   const auto shift = row.load_optional(a.modulation.shift_row(sample));
-  const auto h = row.keep([=](Place at) {
+  const auto h = row.keep_stored(a.h + begin, [=](Place at) {
     return rounded<T>(x(at) + (gated ? (gate(at) + gate_table(at)) * y(at) : y(at)));
   });
-  row.store(a.h + begin, h);
   const Statistics of = statistics(row, h, a.rms, a.eps, sums);
   const auto modulate = modulator(a.modulation, row, shift, scale);
   row.store(a.normed + begin,
@@ -173,17 +172,18 @@ void Backward<T>::long_rows() const {
       <<<row_grid(groups.teams(), 1), kMaxThreads, 0, stream>>>(*this);
 }
 
-std::tuple<Tensor, Tensor> gated_residual_norm_cuda(
-    const Tensor& x, const Tensor& y, const std::optional<Tensor>& gate,
-    const std::optional<Tensor>& shift, const Tensor& scale,
-    const std::optional<Tensor>& gate_table, const std::optional<Tensor>& table, bool rms,
-    double eps) {
+using Optional = std::optional<Tensor>;
+
+// Writes h and normed, which are contiguous and like x; h may be x, and normed may be y.
+void write_gated_residual_norm(const Tensor& x, const Tensor& y, const Optional& gate,
+                               const Optional& shift, const Tensor& scale,
+                               const Optional& gate_table, const Optional& table, bool rms,
+                               double eps, const Tensor& h, const Tensor& normed) {
   check_rows_like(kOp, "x", x, x);
   check_rows_like(kOp, "y", x, y);
   STD_TORCH_CHECK(gate.has_value() || !gate_table.has_value(), kOp,
                   ": gate_table must be None without a gate");
-  Tensor h = torch::stable::empty_like(x), normed = torch::stable::empty_like(x);
-  if (x.numel() == 0) return {h, normed};
+  if (x.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   with_element(kOp, x, [&]<typename T>(T*) {
     const int64_t D = x.size(x.dim() - 1), R = x.numel() / D, S = scale.size(0);
@@ -206,7 +206,24 @@ std::tuple<Tensor, Tensor> gated_residual_norm_cuda(
     launch_rows<T>(call, D, fits);
   });
   check_launch(kOp);
+}
+
+std::tuple<Tensor, Tensor> gated_residual_norm_cuda(const Tensor& x, const Tensor& y,
+                                                    const Optional& gate, const Optional& shift,
+                                                    const Tensor& scale, const Optional& gate_table,
+                                                    const Optional& table, bool rms, double eps) {
+  Tensor h = torch::stable::empty_like(x), normed = torch::stable::empty_like(x);
+  write_gated_residual_norm(x, y, gate, shift, scale, gate_table, table, rms, eps, h, normed);
   return {h, normed};
+}
+
+void gated_residual_norm_out_cuda(const Tensor& x, const Tensor& y, const Optional& gate,
+                                  const Optional& shift, const Tensor& scale,
+                                  const Optional& gate_table, const Optional& table, bool rms,
+                                  double eps, Tensor h, Tensor normed) {
+  check_rows_like(kOp, "h", x, h);
+  check_rows_like(kOp, "normed", x, normed);
+  write_gated_residual_norm(x, y, gate, shift, scale, gate_table, table, rms, eps, h, normed);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward_cuda(
@@ -263,6 +280,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward_
 
 STABLE_TORCH_LIBRARY_IMPL(clipflow, CUDA, m) {
   m.impl("gated_residual_norm", TORCH_BOX(&gated_residual_norm_cuda));
+  m.impl("gated_residual_norm_out", TORCH_BOX(&gated_residual_norm_out_cuda));
   m.impl("gated_residual_norm_backward", TORCH_BOX(&gated_residual_norm_backward_cuda));
 }
 

@@ -332,7 +332,7 @@ void launch(Call call, bool aligned, cudaStream_t stream) {
 
 using Optional = std::optional<Tensor>;
 
-Side side_of(const QKTensors& given, Tensor& y, bool across_heads) {
+Side side_of(const QKTensors& given, const Tensor& y, bool across_heads) {
   const Tensor& x = given.x;
   const int64_t heads = x.size(2), width = x.size(3), tokens = x.size(0) * x.size(1);
   const int64_t group = across_heads ? heads * width : width;
@@ -360,21 +360,18 @@ bool packed(const Side& side, int64_t item) {
           side.head_stride * item % 16 == 0);
 }
 
-std::tuple<Tensor, Tensor> qk_norm_rope_cuda(const Tensor& q, const Tensor& k,
-                                             const Optional& q_weight, const Optional& k_weight,
-                                             const Optional& q_bias, const Optional& k_bias,
-                                             const Optional& q_cos, const Optional& q_sin,
-                                             const Optional& k_cos, const Optional& k_sin,
-                                             int64_t norm, bool across_heads, bool interleaved,
-                                             double eps) {
+// Writes q_out and k_out, which are contiguous and like q and k.
+void write_qk_norm_rope(const Tensor& q, const Tensor& k, const Optional& q_weight,
+                        const Optional& k_weight, const Optional& q_bias, const Optional& k_bias,
+                        const Optional& q_cos, const Optional& q_sin, const Optional& k_cos,
+                        const Optional& k_sin, int64_t norm, bool across_heads, bool interleaved,
+                        double eps, const Tensor& q_out, const Tensor& k_out) {
   const QKTensors queries = {"q", q, q_weight, q_bias, q_cos, q_sin};
   const QKTensors keys = {"k", k, k_weight, k_bias, k_cos, k_sin};
   check_qk(queries, q, across_heads);
   check_qk(keys, q, across_heads);
   STD_TORCH_CHECK(norm >= 0 && norm <= 2, "qk_norm_rope: norm must be 0, 1 or 2, got ", norm);
-  Tensor q_out = torch::stable::new_empty(q, q.sizes());
-  Tensor k_out = torch::stable::new_empty(k, k.sizes());
-  if (q.numel() + k.numel() == 0) return {q_out, k_out};
+  if (q.numel() + k.numel() == 0) return;
 
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const Call call = {
@@ -390,13 +387,39 @@ std::tuple<Tensor, Tensor> qk_norm_rope_cuda(const Tensor& q, const Tensor& k,
   const cudaStream_t stream = current_stream(q);
   with_element("qk_norm_rope", q, [&]<typename T>(T*) { launch<T>(call, aligned, stream); });
   check_launch("qk_norm_rope");
+}
+
+std::tuple<Tensor, Tensor> qk_norm_rope_cuda(const Tensor& q, const Tensor& k,
+                                             const Optional& q_weight, const Optional& k_weight,
+                                             const Optional& q_bias, const Optional& k_bias,
+                                             const Optional& q_cos, const Optional& q_sin,
+                                             const Optional& k_cos, const Optional& k_sin,
+                                             int64_t norm, bool across_heads, bool interleaved,
+                                             double eps) {
+  Tensor q_out = torch::stable::new_empty(q, q.sizes());
+  Tensor k_out = torch::stable::new_empty(k, k.sizes());
+  write_qk_norm_rope(q, k, q_weight, k_weight, q_bias, k_bias, q_cos, q_sin, k_cos, k_sin, norm,
+                     across_heads, interleaved, eps, q_out, k_out);
   return {q_out, k_out};
+}
+
+void qk_norm_rope_out_cuda(const Tensor& q, const Tensor& k, const Optional& q_weight,
+                           const Optional& k_weight, const Optional& q_bias,
+                           const Optional& k_bias, const Optional& q_cos, const Optional& q_sin,
+                           const Optional& k_cos, const Optional& k_sin, int64_t norm,
+                           bool across_heads, bool interleaved, double eps, Tensor q_out,
+                           Tensor k_out) {
+  check_qk_out("q_out", q_out, q);
+  check_qk_out("k_out", k_out, k);
+  write_qk_norm_rope(q, k, q_weight, k_weight, q_bias, k_bias, q_cos, q_sin, k_cos, k_sin, norm,
+                     across_heads, interleaved, eps, q_out, k_out);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(clipflow, CUDA, m) {
   m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope_cuda));
+  m.impl("qk_norm_rope_out", TORCH_BOX(&qk_norm_rope_out_cuda));
 }
 
 }  // namespace clipflow

@@ -47,11 +47,10 @@ __device__ __forceinline__ void forward_token(const Forward<T>& a, const Row& ro
   const auto weight = row.load_optional(a.weight);
   const bool weighted = a.weight != nullptr;
   const float branch_rstd = statistics(row, y, true, a.eps, sums).rstd;
-  const auto h = row.keep([=](Place at) {
+  const auto h = row.keep_stored(a.h + begin, [=](Place at) {
     const float branch = y(at) * branch_rstd * (weighted ? weight(at) : 1.f);
     return rounded<T>(x(at) + tanhf(gate(at)) * branch);
   });
-  row.store(a.h + begin, h);
   const auto scale = row.load(a.modulation.scale_row(sample));
   const auto next_weight = row.load_optional(a.modulation.weight);
   const bool next_weighted = a.modulation.weight != nullptr;
@@ -169,13 +168,16 @@ void Backward<T>::long_rows() const {
       <<<row_grid(groups.teams(), 1), kMaxThreads, 0, stream>>>(*this);
 }
 
-std::tuple<Tensor, Tensor> sandwich_residual_norm_cuda(
-    const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& scale,
-    const std::optional<Tensor>& weight, const std::optional<Tensor>& next_weight, double eps) {
+using Optional = std::optional<Tensor>;
+
+// Writes h and normed, which are contiguous and like x; h may be x, and normed may be y.
+void write_sandwich_residual_norm(const Tensor& x, const Tensor& y, const Tensor& gate,
+                                  const Tensor& scale, const Optional& weight,
+                                  const Optional& next_weight, double eps, const Tensor& h,
+                                  const Tensor& normed) {
   check_rows_like(kOp, "x", x, x);
   check_rows_like(kOp, "y", x, y);
-  Tensor h = torch::stable::empty_like(x), normed = torch::stable::empty_like(x);
-  if (x.numel() == 0) return {h, normed};
+  if (x.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   with_element(kOp, x, [&]<typename T>(T*) {
     const int64_t D = x.size(x.dim() - 1), R = x.numel() / D, B = scale.size(0);
@@ -197,7 +199,24 @@ std::tuple<Tensor, Tensor> sandwich_residual_norm_cuda(
     launch_rows<T>(call, D, fits);
   });
   check_launch(kOp);
+}
+
+std::tuple<Tensor, Tensor> sandwich_residual_norm_cuda(const Tensor& x, const Tensor& y,
+                                                       const Tensor& gate, const Tensor& scale,
+                                                       const Optional& weight,
+                                                       const Optional& next_weight, double eps) {
+  Tensor h = torch::stable::empty_like(x), normed = torch::stable::empty_like(x);
+  write_sandwich_residual_norm(x, y, gate, scale, weight, next_weight, eps, h, normed);
   return {h, normed};
+}
+
+void sandwich_residual_norm_out_cuda(const Tensor& x, const Tensor& y, const Tensor& gate,
+                                     const Tensor& scale, const Optional& weight,
+                                     const Optional& next_weight, double eps, Tensor h,
+                                     Tensor normed) {
+  check_rows_like(kOp, "h", x, h);
+  check_rows_like(kOp, "normed", x, normed);
+  write_sandwich_residual_norm(x, y, gate, scale, weight, next_weight, eps, h, normed);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_residual_norm_backward_cuda(
@@ -246,6 +265,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sandwich_residual_norm_backward_cuda(
 
 STABLE_TORCH_LIBRARY_IMPL(clipflow, CUDA, m) {
   m.impl("sandwich_residual_norm", TORCH_BOX(&sandwich_residual_norm_cuda));
+  m.impl("sandwich_residual_norm_out", TORCH_BOX(&sandwich_residual_norm_out_cuda));
   m.impl("sandwich_residual_norm_backward", TORCH_BOX(&sandwich_residual_norm_backward_cuda));
 }
 

@@ -120,11 +120,11 @@ void launch(Shape shape, int pack, Launch run) {
   run(shape, static_cast<unsigned>(shape.rows * shape.blocks), threads);
 }
 
-Tensor swiglu_cuda(const Tensor& a_given, const Tensor& b_given) {
+// Writes y, which is contiguous and like a.
+void write_swiglu(const Tensor& a_given, const Tensor& b_given, const Tensor& y) {
   STD_TORCH_CHECK(a_given.dim() > 0, "swiglu: a must have a dimension");
   check_like("swiglu", "b", a_given, b_given);
-  Tensor y = torch::stable::new_empty(a_given, a_given.sizes());
-  if (y.numel() == 0) return y;
+  if (y.numel() == 0) return;
 
   const torch::stable::accelerator::DeviceGuard guard(a_given.get_device_index());
   const Tensor a = with_equal_rows(a_given), b = with_equal_rows(b_given);
@@ -145,7 +145,18 @@ Tensor swiglu_cuda(const Tensor& a_given, const Tensor& b_given) {
     });
   });
   check_launch("swiglu");
+}
+
+Tensor swiglu_cuda(const Tensor& a, const Tensor& b) {
+  Tensor y = torch::stable::new_empty(a, a.sizes());
+  write_swiglu(a, b, y);
   return y;
+}
+
+void swiglu_out_cuda(const Tensor& a, const Tensor& b, Tensor y) {
+  check_like("swiglu", "out", a, y);
+  STD_TORCH_CHECK(y.is_contiguous(), "swiglu: out must be contiguous");
+  write_swiglu(a, b, y);
 }
 
 std::tuple<Tensor, Tensor> swiglu_backward_cuda(const Tensor& grad_given, const Tensor& a_given,
@@ -187,6 +198,7 @@ std::tuple<Tensor, Tensor> swiglu_backward_cuda(const Tensor& grad_given, const 
 
 STABLE_TORCH_LIBRARY_IMPL(clipflow, CUDA, m) {
   m.impl("swiglu", TORCH_BOX(&swiglu_cuda));
+  m.impl("swiglu_out", TORCH_BOX(&swiglu_out_cuda));
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward_cuda));
 }
 

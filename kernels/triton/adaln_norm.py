@@ -140,6 +140,7 @@ def forward(
     table: Tensor | None,
     rms: bool,
     eps: float,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Normalize and modulate `x`.
 
@@ -151,11 +152,12 @@ def forward(
         table: [2, D], as `shift`.
         rms: RMSNorm, not LayerNorm.
         eps: added to the variance or mean square.
+        out: like `x`, contiguous, to write into; None for a new tensor.
 
     Returns:
         The shape and dtype of `x`; computed in float32. Arguments were checked by clipflow.ops.
     """
-    y = torch.empty_like(x)
+    y = torch.empty_like(x) if out is None else out
     if x.numel() == 0:
         return y
     D, S = x.shape[-1], scale.shape[0]

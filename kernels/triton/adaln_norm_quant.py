@@ -99,6 +99,7 @@ def forward(
     rms: bool,
     eps: float,
     dtype: torch.dtype,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalize, modulate and quantize `x`.
 
@@ -111,12 +112,16 @@ def forward(
         rms: RMSNorm, not LayerNorm.
         eps: added to the variance or mean square.
         dtype: torch.int8 or torch.float8_e4m3fn.
+        out: (values, scales) to write into, contiguous; None for new tensors.
 
     Returns:
         (values in the shape of `x`, scales [...] float32). Arguments were checked by clipflow.ops.
     """
-    values = torch.empty(x.shape, dtype=dtype, device=x.device)
-    scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    if out is None:
+        values = torch.empty(x.shape, dtype=dtype, device=x.device)
+        scales = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    else:
+        values, scales = out
     if x.numel() == 0:
         return values, scales
     D, S = x.shape[-1], scale.shape[0]

@@ -192,6 +192,7 @@ def forward(
     table: Tensor | None,
     rms: bool,
     eps: float,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add the gated branch and normalize the sum.
 
@@ -204,11 +205,12 @@ def forward(
         table: [2, D], as `gate`.
         rms: RMSNorm, not LayerNorm.
         eps: added to the variance or mean square.
+        out: (h, normed) to write into, contiguous; h may be `x`, and normed `y`. None for new ones.
 
     Returns:
         (h, normed) like `x`; computed in float32. Arguments were checked by clipflow.ops.
     """
-    h, normed = torch.empty_like(x), torch.empty_like(x)
+    h, normed = (torch.empty_like(x), torch.empty_like(x)) if out is None else out
     if x.numel() == 0:
         return h, normed
     D, S = x.shape[-1], scale.shape[0]

@@ -272,7 +272,12 @@ def glu_conv_bwd_sum_kernel(
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int], pre_silu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    grid: tuple[int, int],
+    pre_silu: bool,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Convolve and gate `x`.
 
@@ -282,12 +287,13 @@ def forward(
         bias: [2M], contiguous.
         grid: (h, w).
         pre_silu: whether the convolution is of SiLU(x).
+        out: [B, h*w, M], contiguous, to write into; None for a new tensor.
 
     Returns:
         [B, h*w, M], dtype of `x`; computed in float32. Arguments were checked by clipflow.ops.
     """
     B, N, C = x.shape
-    y = torch.empty(B, N, C // 2, dtype=x.dtype, device=x.device)
+    y = torch.empty(B, N, C // 2, dtype=x.dtype, device=x.device) if out is None else out
     if B > 0:
         _convolve(x, weight, bias, y, y, grid, pre_silu, backward=False)
     return y

@@ -215,19 +215,20 @@ def linear_attention_bwd_kv_kernel(
         _store_rows(d_v_ptr + head_at, rows, end, H * width, width, d_v, BLOCK_K)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
+def forward(q: Tensor, k: Tensor, v: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     """Attend from every token to all tokens.
 
     Args:
         q, k, v: [B, N, H, K], any strides but contiguous heads; float32, bfloat16 or float16.
         eps: added to the sum of a token's weights.
+        out: [B, N, H, K], contiguous, to write into; None for a new tensor.
 
     Returns:
         [B, N, H, K], contiguous, dtype of `v`; computed in float32. Arguments were checked by
         clipflow.ops.
     """
     B, N, H, K = q.shape
-    y = torch.empty(B, N, H, K, dtype=v.dtype, device=v.device)
+    y = torch.empty(B, N, H, K, dtype=v.dtype, device=v.device) if out is None else out
     if y.numel() == 0:
         return y
     options = _tile(K, q.dtype)

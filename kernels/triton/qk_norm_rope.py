@@ -251,6 +251,7 @@ def forward(
     across_heads: bool,
     interleaved: bool,
     eps: float,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Normalize and rotate queries or keys.
 
@@ -264,12 +265,13 @@ def forward(
         across_heads: normalize over all heads of a token.
         interleaved: turn neighbors, not halves.
         eps: added to the mean square or the variance.
+        out: [B, L, H, K], contiguous, to write into; None for a new tensor.
 
     Returns:
         [B, L, H, K], contiguous, dtype of `x`. Arguments were checked by clipflow.ops.
     """
     B, L, H, K = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     if x.numel() == 0:
         return y
     rows, pairs, warps = _tile(H, K, across_heads)

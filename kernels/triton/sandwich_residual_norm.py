@@ -141,6 +141,7 @@ def forward(
     weight: Tensor | None,
     next_weight: Tensor | None,
     eps: float,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Add the normalized, gated branch and normalize the sum.
 
@@ -151,11 +152,12 @@ def forward(
         scale: as `gate`.
         weight, next_weight: [D], contiguous.
         eps: added to the mean squares.
+        out: (h, normed) to write into, contiguous; h may be `x`, and normed `y`. None for new ones.
 
     Returns:
         (h, normed) like `x`; computed in float32. Arguments were checked by clipflow.ops.
     """
-    h, normed = torch.empty_like(x), torch.empty_like(x)
+    h, normed = (torch.empty_like(x), torch.empty_like(x)) if out is None else out
     if x.numel() == 0:
         return h, normed
     D, B = x.shape[-1], scale.shape[0]

@@ -78,18 +78,19 @@ def swiglu_bwd_kernel(
     tl.store(d_b_ptr + at, (grad * (a * sigmoid)).to(element), mask=inside)
 
 
-def forward(a: Tensor, b: Tensor) -> Tensor:
+def forward(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """silu(a) * b.
 
     Args:
         a: the gate branch, [..., D]; float32, bfloat16 or float16. Read in place if its rows are
             contiguous and equally far apart, as a half of a projection's are.
         b: as `a`.
+        out: [..., D], contiguous, to write into; None for a new tensor.
 
     Returns:
         [..., D], contiguous, dtype of `a`. Arguments were checked by clipflow.ops.
     """
-    y = torch.empty(a.shape, dtype=a.dtype, device=a.device)
+    y = torch.empty(a.shape, dtype=a.dtype, device=a.device) if out is None else out
     if y.numel() == 0:
         return y
     a, b = _rows(a), _rows(b)

@@ -5,7 +5,10 @@ Source: Xie et al., "SANA" (2024); parameter names are those of published checkp
 
 # Shape suffixes: B = batch, N = h*w image tokens, L = condition tokens, D = channels.
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,10 @@ from clipflow.nn.cross_attention import CrossAttention, real_tokens_first
 from clipflow.nn.embeddings import AdaLNSingle, grid_position_table
 from clipflow.nn.glu_mbconv import GLUMBConv
 from clipflow.nn.linear_attention import ReLULinearAttention
+
+if TYPE_CHECKING:
+    from clipflow.models.dits.sana_denoiser import SanaDenoiser
+    from clipflow.sampling.plan import PlanSpec
 
 CAPTION_NORM_EPS = 1e-5
 
@@ -164,6 +171,22 @@ class SanaTransformer(nn.Module):
                 gate_table=block.scale_shift_table[5], table=table, eps=eps,
             )  # fmt: skip
         return self.proj_out(normed).transpose(1, 2).unflatten(2, grid)
+
+    @torch.no_grad()
+    def denoiser(self, spec: PlanSpec) -> SanaDenoiser:
+        """The transformer prepared for a sampling plan; see `clipflow.sampling.PlanCache`."""
+        from clipflow.models.dits.linears import can_quantize
+        from clipflow.models.dits.sana_denoiser import SanaDenoiser
+        from clipflow.models.dits.sana_quantized import QuantizedSanaDenoiser
+
+        quantized = spec.tier == "fast" and can_quantize(spec.device)
+        return (QuantizedSanaDenoiser if quantized else SanaDenoiser)(self, spec)
+
+    def plan_bytes(self, spec: PlanSpec) -> int:
+        """Bytes that `denoiser` allocates, less what it keeps of the weights themselves."""
+        from clipflow.models.dits.sana_denoiser import plan_bytes
+
+        return plan_bytes(self, spec)
 
     def embed_latents(self, latents: Tensor) -> Tensor:
         """Tokens [B, h*w, D] of `latents` [B, in_channels, h, w], position table included."""

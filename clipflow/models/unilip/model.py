@@ -130,31 +130,41 @@ class UniLIPModel(nn.Module):
         embeddings = self.embed_prompt(input_ids, image_features)
         queries = self.latent_queries.expand(len(input_ids), -1, -1).to(embeddings.dtype)
         mask = F.pad(attention_mask, (0, queries.shape[1]), value=1)
-        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-        hidden = self.language_model(
-            inputs_embeds=torch.cat([embeddings, queries], dim=1),
-            attention_mask=mask,
-            position_ids=position_ids,
-            use_cache=False,
-        ).last_hidden_state
+        given = torch.cat([embeddings, queries], dim=1)
+        # Without padding no mask, so that attention can take its fastest kernel.
+        padded = torch.compiler.is_compiling() or not bool(attention_mask.all())
+        hidden = self.read(given, mask if padded else None)
         if image_features is not None:
             text = self._write_images(hidden[:, : input_ids.shape[1]], input_ids, image_features)
             hidden = torch.cat([text, hidden[:, input_ids.shape[1] :]], dim=1)
-        hidden = self.llm_connector(hidden, mask, position_ids)
+        hidden = self.llm_connector(hidden, mask if padded else None)
         return Condition(self.projector(hidden), mask.bool())
 
     def logits(
         self, input_ids: Tensor, attention_mask: Tensor, image_features: Tensor | None = None
     ) -> Tensor:
         """Next-token logits [B, T, V] of a prompt, with images or without."""
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        hidden = self.language_model(
-            inputs_embeds=self.embed_prompt(input_ids, image_features),
+        embeddings = self.embed_prompt(input_ids, image_features)
+        return self.head(self.read(embeddings, attention_mask))
+
+    def read(self, embeddings: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The LM's final hidden states [B, L, H] of `embeddings` [B, L, H]; causal.
+
+        `attention_mask` [B, L] is 1 where a position is real; None where all are.
+        """
+        if attention_mask is None:
+            # A dict is a mask that is ready: this one lets attention be causal by itself.
+            return self.language_model(
+                inputs_embeds=embeddings,
+                attention_mask={"full_attention": None},
+                use_cache=False,
+            ).last_hidden_state
+        return self.language_model(
+            inputs_embeds=embeddings,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
             use_cache=False,
         ).last_hidden_state
-        return self.head(hidden)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of the LM's final hidden states [..., H]."""

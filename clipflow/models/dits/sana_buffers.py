@@ -1,0 +1,73 @@
+"""Activations of one evaluation of a SANA transformer, allocated once."""
+
+# Shape suffixes: R = rows, N = image tokens, D = channels, M = hidden channels of one half.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What the ops of a block write to; two of them serve several ops that never overlap in time.
+
+    Attributes:
+        hidden: the residual stream, [R, N, D].
+        normed: its modulated norm, [R, N, D].
+        branch: what a branch adds to the stream, [R, N, D].
+        velocity: of the latents, [R, C, N].
+        shared_wide: packed q, k and v; cross-attention's queries; both halves of the feed-forward.
+        shared_middle: the mixed values of self-attention; the gated half of the feed-forward.
+    """
+
+    hidden: Tensor
+    normed: Tensor
+    branch: Tensor
+    velocity: Tensor
+    shared_wide: Tensor
+    shared_middle: Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        rows: int,
+        tokens: int,
+        channels: int,
+        hidden: int,
+        out_channels: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Buffers:
+        """Buffers for R = `rows`, N = `tokens`, D = `channels` and M = `hidden`."""
+        kind = {"dtype": dtype, "device": device}
+        stream = (rows, tokens, channels)
+        return cls(
+            *(torch.empty(stream, **kind) for _ in range(3)),
+            velocity=torch.empty(rows, out_channels, tokens, **kind),
+            shared_wide=torch.empty(rows, tokens * max(3 * channels, 2 * hidden), **kind),
+            shared_middle=torch.empty(rows, tokens * max(channels, hidden), **kind),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in vars(self).values())
+
+    def of_rows(self, rows: int) -> Buffers:
+        """The first `rows` rows of all buffers."""
+        return Buffers(**{name: buffer[:rows] for name, buffer in vars(self).items()})
+
+    def wide(self, width: int) -> Tensor:
+        """The shared buffer as [R * N, width]."""
+        return self._shared(self.shared_wide, width)
+
+    def middle(self, width: int) -> Tensor:
+        """The other shared buffer as [R * N, width]."""
+        return self._shared(self.shared_middle, width)
+
+    def _shared(self, buffer: Tensor, width: int) -> Tensor:
+        tokens = self.hidden.shape[0] * self.hidden.shape[1]
+        return buffer.flatten()[: tokens * width].view(tokens, width)

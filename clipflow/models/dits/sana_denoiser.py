@@ -1,0 +1,272 @@
+"""The SANA transformer prepared for a sampling plan (`clipflow.sampling.plan.Denoiser`).
+
+Of a step only this is left: for each block, four GEMMs on image tokens for attention, two for the
+feed-forward branch, and six fused ops. Everything that depends on the time alone (embeddings,
+modulations) is computed for all steps at once; everything that depends on the condition alone
+(projection, norm, keys and values of all blocks) once per condition.
+"""
+
+# Shape suffixes: B = samples, R = rows, N = h*w image tokens, L = condition tokens, D = channels,
+# M = hidden channels of one half, E = evaluations, U = different conditions.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from clipflow import ops
+from clipflow.models.dits.condition_keys import ConditionKeys
+from clipflow.models.dits.linears import Linear, LinearLike, Operand, tokens_of
+from clipflow.models.dits.sana_buffers import Buffers
+from clipflow.nn.cross_attention import CrossAttention
+from clipflow.nn.glu_mbconv import GLUMBConv
+from clipflow.nn.linear_attention import ReLULinearAttention
+from clipflow.nn.packing import packed
+from clipflow.nn.plain_modules import check_plain
+from clipflow.sampling.plan import PlanSpec
+
+if TYPE_CHECKING:
+    from clipflow.models.dits.sana import SanaBlock, SanaTransformer
+
+
+class BlockWeights:
+    """The matrices of one block; those that multiply the same tokens are packed."""
+
+    def __init__(
+        self, block: SanaBlock, linear: Callable[[Tensor, Tensor | None], LinearLike]
+    ) -> None:
+        own, cross, ff = block.attn1, block.attn2, block.ff
+        self.qkv = linear(packed([own.to_q.weight, own.to_k.weight, own.to_v.weight]), None)
+        self.own_out = linear(own.to_out[0].weight, own.to_out[0].bias)
+        self.query = linear(cross.to_q.weight, cross.to_q.bias)
+        self.cross_out = linear(cross.to_out[0].weight, cross.to_out[0].bias)
+        self.inverted = linear(ff.conv_inverted.weight, ff.conv_inverted.bias)
+        self.depth = (ff.conv_depth.weight.detach(), ff.conv_depth.bias.detach())
+        self.point = linear(ff.conv_point.weight, None)
+        # Keys and values are computed once per condition: always in full precision.
+        self.key_value = Linear(
+            packed([cross.to_k.weight, cross.to_v.weight]),
+            packed([cross.to_k.bias, cross.to_v.bias]),
+        )
+        self.tables = block.scale_shift_table.detach()
+
+
+class SanaDenoiser:
+    """One spec's constants, buffers and chain of ops of a `SanaTransformer`.
+
+    Raises:
+        SamplingError: a module of the transformer was replaced or has hooks.
+    """
+
+    linear: type[LinearLike] = Linear
+
+    def __init__(self, dit: SanaTransformer, spec: PlanSpec) -> None:
+        for part in (dit.patch_embed, dit.transformer_blocks, dit.proj_out):
+            check_plain(part, planned_classes())
+        self.dit, self.spec, self.eps = dit, spec, dit.config.norm_eps
+        self.blocks = [BlockWeights(block, self.linear) for block in dit.transformer_blocks]
+        self.out_table = dit.scale_shift_table.detach()
+        self._make_constants()
+        self.buffers = _buffers(dit, spec)
+        self.keys = _condition_keys(dit, spec)
+
+    def constants(self) -> dict[str, int]:
+        return {
+            "modulations of all steps": sum(
+                t.nbytes for t in (self.modulation, self.embedding, self.gates)
+            ),
+            "position table": self.place.nbytes,
+            "keys and values of the conditions": sum(keys.nbytes for keys in self.keys),
+            "activations": self.buffers.nbytes,
+        }
+
+    @torch.no_grad()
+    def set_condition(self, null: Sequence[Tensor], cond: Sequence[Tensor]) -> None:
+        weights = [block.key_value for block in self.blocks]
+        groups = [[*null, *cond]] if len(self.keys) == 1 else [null, cond]
+        for keys, tensors in zip(self.keys, groups, strict=True):
+            keys.set(tensors, self.dit.embed_condition, weights)
+
+    @torch.no_grad()
+    def velocity(self, rows: Tensor, index: int) -> Tensor:
+        R = len(rows)
+        modulation = [m.expand(R, -1) for m in self.modulation[index].unsqueeze(1)]
+        embedding = self.embedding[index].expand(R, -1)
+        # What modulates the norm after each block: the next block's, at last the output's.
+        after = [(*modulation[:2], block.tables[:2]) for block in self.blocks]
+        after.append((embedding, embedding, self.out_table))
+        buffers = self.buffers.of_rows(R)
+        hidden = self._embed(rows, buffers)
+        normed = self._first_norm(hidden, *after[0], buffers)
+        for number, block in enumerate(self.blocks):
+            gates = self.gates[index, number]
+            self._self_attention(block, hidden, normed, gates[0], buffers)
+            self._cross_attention(number, hidden, buffers)
+            normed = self._norm_after(
+                hidden, None, *modulation[3:5], block.tables[3:5], buffers, last=False
+            )
+            self._feed_forward(block, normed, buffers)
+            normed = self._norm_after(
+                hidden, gates[1].expand(R, -1), *after[number + 1], buffers,
+                last=number + 1 == len(self.blocks),
+            )  # fmt: skip
+        return self._project_out(normed)
+
+    def _make_constants(self) -> None:
+        dit, spec = self.dit, self.spec
+        times = [spec.timesteps[entry.level] for entry in spec.table]
+        # Asked one time at a time, as the model itself is: the same bits in every schedule.
+        known = {
+            time: dit.time_embed(torch.tensor([time], device=spec.device))
+            for time in dict.fromkeys(times)
+        }
+        self.modulation = torch.cat([known[time][0] for time in times])  # [E, 6, D]
+        self.embedding = torch.cat([known[time][1] for time in times])  # [E, D]
+        tables = torch.stack([block.tables[[2, 5]] for block in self.blocks])
+        self.gates = self.modulation[:, None, [2, 5]] + tables  # [E, blocks, 2, D]
+        projection = dit.patch_embed["proj"]
+        self.patch_weight = projection.weight.detach().flatten(1).t()  # [C, D]
+        place = projection.bias.detach().expand(spec.tokens, -1)
+        if dit.config.position_table:
+            place = place + dit.position_table(*spec.latent_shape[1:]).to(place)
+        self.place = place.contiguous()  # [N, D]
+
+    def _embed(self, rows: Tensor, buffers: Buffers) -> Tensor:
+        R = len(rows)
+        return torch.baddbmm(
+            self.place.expand(R, -1, -1),
+            rows.flatten(2).transpose(1, 2),
+            self.patch_weight.expand(R, -1, -1),
+            out=buffers.hidden,
+        )
+
+    def _first_norm(
+        self, hidden: Tensor, shift: Tensor, scale: Tensor, table: Tensor, buffers: Buffers
+    ) -> Tensor:
+        return ops.adaln_norm(hidden, shift, scale, table=table, eps=self.eps, out=buffers.normed)
+
+    def _norm_after(
+        self,
+        hidden: Tensor,
+        gate: Tensor | None,
+        shift: Tensor,
+        scale: Tensor,
+        table: Tensor,
+        buffers: Buffers,
+        *,
+        last: bool,
+    ) -> Tensor:
+        """Add the branch in the buffers to `hidden` in place; return the modulated norm of that."""
+        out = (hidden, buffers.normed)
+        ops.gated_residual_norm(
+            hidden, buffers.branch, gate, shift, scale, table=table, eps=self.eps, out=out
+        )
+        return buffers.normed
+
+    def _self_attention(
+        self, block: BlockWeights, hidden: Tensor, normed: Operand, gate: Tensor, buffers: Buffers
+    ) -> None:
+        R, N, D = hidden.shape
+        heads = self.dit.config.num_attention_heads
+        qkv = block.qkv(tokens_of(normed), buffers.wide(3 * D)).view(R, N, 3, heads, D // heads)
+        mixed = buffers.middle(D)
+        ops.linear_attention(*qkv.unbind(2), out=mixed.view(R, N, heads, D // heads))
+        branch = block.own_out(mixed, tokens_of(buffers.branch))
+        hidden.addcmul_(gate, branch.view(R, N, D))
+
+    def _cross_attention(self, number: int, hidden: Tensor, buffers: Buffers) -> None:
+        block = self.blocks[number]
+        R, N, D = hidden.shape
+        query = block.query(tokens_of(hidden), buffers.wide(D)).view(R, N, D)
+        branch = tokens_of(buffers.branch)
+        B = self.spec.samples
+        if len(self.keys) == 1:
+            keys = self.keys[0]
+            mixed = keys.attend(number, query, keys.count * R // self.spec.rows)
+            block.cross_out(mixed.view(R * N, D), branch)
+            return
+        # Null rows come first, and are left out of evaluations without guidance.
+        for half, keys in enumerate(self.keys[-(R // B) :]):
+            mixed = keys.attend(number, query[half * B : (half + 1) * B])
+            block.cross_out(mixed.view(B * N, D), branch[half * B * N : (half + 1) * B * N])
+
+    def _feed_forward(self, block: BlockWeights, normed: Operand, buffers: Buffers) -> None:
+        R, N, _ = buffers.branch.shape
+        M = len(block.depth[1]) // 2
+        wide = block.inverted(tokens_of(normed), buffers.wide(2 * M)).view(R, N, 2 * M)
+        gated = buffers.middle(M)
+        ops.glu_conv(
+            wide, *block.depth, self.spec.latent_shape[1:], pre_silu=True, out=gated.view(R, N, M)
+        )
+        block.point(gated, tokens_of(buffers.branch))
+
+    def _project_out(self, normed: Tensor) -> Tensor:
+        R, (h, w) = len(normed), self.spec.latent_shape[1:]
+        weight, bias = self.dit.proj_out.weight.detach(), self.dit.proj_out.bias.detach()
+        out = self.buffers.velocity[:R]
+        torch.baddbmm(
+            bias[:, None].expand(R, -1, h * w),
+            weight.expand(R, -1, -1),
+            normed.transpose(1, 2),
+            out=out,
+        )
+        return out.view(R, -1, h, w)
+
+
+def planned_classes() -> tuple[type[nn.Module], ...]:
+    """The modules whose weights the plan uses without calling them."""
+    from clipflow.models.dits.sana import SanaBlock
+
+    own = (SanaBlock, ReLULinearAttention, CrossAttention, GLUMBConv)
+    return (*own, nn.ModuleList, nn.ModuleDict, nn.Linear, nn.Conv2d)
+
+
+def plan_bytes(dit: SanaTransformer, spec: PlanSpec) -> int:
+    """What `SanaDenoiser` will hold beside the weights, from shapes alone."""
+    blocks, D = dit.transformer_blocks, dit.config.hidden_size
+    sketch = replace(spec, device=torch.device("meta"))
+    buffers = _buffers(dit, sketch)
+    keys = _condition_keys(dit, sketch)
+    constants = len(spec.table) * (7 + 2 * len(blocks)) * D + spec.tokens * D
+    return buffers.nbytes + sum(k.nbytes for k in keys) + constants * spec.dtype.itemsize
+
+
+def _buffers(dit: SanaTransformer, spec: PlanSpec) -> Buffers:
+    return Buffers.empty(
+        spec.rows,
+        spec.tokens,
+        dit.config.hidden_size,
+        len(dit.transformer_blocks[0].ff.conv_depth.bias) // 2,
+        dit.config.out_channels,
+        dtype=spec.dtype,
+        device=spec.device,
+    )
+
+
+def _condition_keys(dit: SanaTransformer, spec: PlanSpec) -> list[ConditionKeys]:
+    """One for all rows, or one for the null rows and one for the others."""
+    null, cond = spec.conditions
+    groups = [null + cond] if not spec.guided or attend_together(spec) else [null, cond]
+    return [
+        ConditionKeys(
+            len(dit.transformer_blocks),
+            count,
+            heads=dit.config.num_cross_attention_heads,
+            channels=dit.config.hidden_size,
+            spec=spec,
+        )
+        for count in groups
+    ]
+
+
+def attend_together(spec: PlanSpec) -> bool:
+    """Whether null and cond rows go through one attention kernel.
+
+    That saves a GPU launches. A CPU does better without: null prompts are shorter, and each half of
+    equal lengths needs no mask.
+    """
+    return spec.device.type == "cuda" and spec.conditions[0] == spec.conditions[1]

@@ -1,0 +1,64 @@
+"""Qwen2 layers through the fused ops, whatever they attend to.
+
+The modules, and so the parameters and their names, stay transformers' own; only how they are run is
+here. `attend` is what differs between a prompt, one more token, and the connector.
+
+Source: Yang et al., "Qwen2 Technical Report" (2024), section 2.2.
+"""
+
+# Shape suffixes: B = batch, L = positions, H = width, A = heads, G = heads of keys, K = width of a
+# head.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
+
+from clipflow.ops import adaln_norm, qk_norm_rope, swiglu
+
+Rope = tuple[Tensor, Tensor]
+# (q [B, L, A, K], k [B, L, G, K], v [B, L, G, K]) -> [B, L, A, K]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def run_layer(
+    layer: Qwen2DecoderLayer, hidden: Tensor, rope: Rope, attend: Attend, *, per_row: bool = False
+) -> Tensor:
+    """One layer on `hidden` [B, L, H]; same shape out.
+
+    Args:
+        layer: whose parameters to use.
+        hidden: the residual stream.
+        rope: (cos, sin) of the positions, float32 [L, K/2] each; of the rows, [B, K/2], with
+            `per_row`, where L must be 1.
+        attend: mixes the positions.
+        per_row: each row has a position of its own.
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    normed = rms_norm(hidden, layer.input_layernorm)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    q, k, v = (p(normed).unflatten(-1, (-1, attention.head_dim)) for p in projections)
+    if per_row:
+        q, k = q.transpose(0, 1), k.transpose(0, 1)
+    q, k = qk_norm_rope(q, k, q_rope=rope, k_rope=rope, norm="none")
+    if per_row:
+        q, k = q.transpose(0, 1), k.transpose(0, 1)
+    hidden = hidden + attention.o_proj(attend(q, k, v).flatten(2))
+    normed = rms_norm(hidden, layer.post_attention_layernorm)
+    return hidden + mlp.down_proj(swiglu(mlp.gate_proj(normed), mlp.up_proj(normed)))
+
+
+def rms_norm(hidden: Tensor, norm: object) -> Tensor:
+    """`hidden` [B, L, H] through a Qwen2RMSNorm, rounded once."""
+    unscaled = hidden.new_zeros(hidden.shape[0], hidden.shape[-1])
+    return adaln_norm(
+        hidden, None, unscaled, weight=norm.weight, norm="rms", eps=norm.variance_epsilon
+    )
+
+
+def rope_table(rotary: Qwen2RotaryEmbedding, positions: Tensor) -> Rope:
+    """(cos, sin) of `positions` [L], [L, K/2] each; the angles are float32, as transformers'."""
+    angle = positions[:, None].float() * rotary.inv_freq.float()
+    return angle.cos(), angle.sin()
