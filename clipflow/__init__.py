@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _EXPORTS = {
     "CLIPFlowPipeline": "clipflow.pipelines",
+    "FirstBlockCache": "clipflow.sampling",
+    "TaylorForecast": "clipflow.sampling",
     "BackendUnavailable": "clipflow.errors",
     "ShapeError": "clipflow.errors",
     "explain": "clipflow.ops",
