@@ -72,6 +72,7 @@ def test_the_schedule_of_a_forecast():
     assert skipped(TaylorForecast(interval=2, warm_up=3)) == [3, 5]
     assert skipped(TaylorForecast(interval=3, warm_up=2)) == [2, 3, 5, 6]
     assert skipped(TaylorForecast(interval=9, warm_up=8)) == []
+    assert skipped(TaylorForecast(interval=3, warm_up=2, cool_down=2)) == [2, 3, 5]
     assert skipped(TaylorForecast(interval=2, warm_up=1), steps=1) == []
     # Null rows begin in step 3: what is known of them begins there too.
     late = {"guidance_interval": (0.375, 0.75)}
@@ -88,7 +89,7 @@ def test_weights_of_a_polynomial():
 
 
 class Polynomial:
-    """A denoiser whose velocity is one of the noise level, and differs from row to row."""
+    """A denoiser whose velocity is one of the step's number, and differs from row to row."""
 
     def __init__(self, spec, degree):
         self.spec, self.degree, self.calls = spec, degree, []
@@ -102,9 +103,8 @@ class Polynomial:
 
     def velocity(self, rows, index):
         self.calls.append(index)
-        level = self.spec.sigmas[index]
-        factors = self.factors[-len(rows) :]
-        return torch.ones_like(rows) * sum((factors * level) ** n for n in range(self.degree + 1))
+        factors, at = self.factors[-len(rows) :], index / len(self.spec.timesteps)
+        return torch.ones_like(rows) * sum((factors * at) ** n for n in range(self.degree + 1))
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,24 +25,27 @@ def forecast_schedule(spec: PlanSpec) -> list[Entry]:
     places = config.order + 1
     schedule: list[Entry] = []
     begin = computed = 0  # the evaluation that the warm-up began at; the last computed one
-    known: list[tuple[int, float]] = []  # (place, noise level), the newest at the end
+    known: list[tuple[int, int]] = []  # (place, step), the newest at the end
     for index, entry in enumerate(spec.table):
         if index and guided[index] and not guided[index - 1]:
             begin, known = index, []
-        is_due = index - begin < config.warm_up or index - computed >= config.interval
-        level = spec.sigmas[entry.level]
-        if is_due or index == len(spec.table) - 1:
+        is_due = (
+            index - begin < config.warm_up
+            or index >= len(spec.table) - config.cool_down
+            or index - computed >= config.interval
+        )
+        if is_due:
             place = (known[-1][0] + 1) % places if known else 0
-            known = [*known, (place, level)][-places:]
+            known = [*known, (place, entry.step)][-places:]
             computed = index
             schedule.append(place)
         else:
-            weights = lagrange_weights([at for _, at in known], level)
+            weights = lagrange_weights([step for _, step in known], entry.step)
             schedule.append(tuple(zip((place for place, _ in known), weights, strict=True)))
     return schedule
 
 
-def lagrange_weights(nodes: list[float], at: float) -> list[float]:
+def lagrange_weights(nodes: Sequence[float], at: float) -> list[float]:
     """Weights of values at `nodes` that sum to the polynomial through them at `at`."""
     return [
         math.prod((at - other) / (node - other) for other in nodes if other != node)

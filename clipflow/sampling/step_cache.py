@@ -64,7 +64,7 @@ class TaylorForecast:
     """Computes the velocity in every `interval`-th step only and forecasts it between.
 
     The forecast is the polynomial through the last `order` + 1 computed velocities, as a function
-    of the noise level: Taylor's expansion with finite differences for derivatives. The first and
+    of the step: Taylor's expansion with finite differences for derivatives. The first and
     the last step are always computed. When guidance sets in during a run, the warm-up is repeated,
     since no velocities of null rows are known. Which steps are skipped is known beforehand, so
     that runs remain CUDA graphs.
@@ -76,6 +76,7 @@ class TaylorForecast:
         interval: one step of so many is computed, at least 2.
         order: of the polynomial, 0 (the last velocity again) to 3; less while fewer are known.
         warm_up: steps at the begin that are all computed, at least 1.
+        cool_down: steps at the end that are all computed, at least 1.
 
     Raises:
         InputError: a value that cannot be.
@@ -84,11 +85,13 @@ class TaylorForecast:
     interval: int = 2
     order: int = 1
     warm_up: int = 3
+    cool_down: int = 1
 
     def __post_init__(self) -> None:
         _check_whole("TaylorForecast: interval", self.interval, 2)
         _check_whole("TaylorForecast: order", self.order, 0, 3)
         _check_whole("TaylorForecast: warm_up", self.warm_up, 1)
+        _check_whole("TaylorForecast: cool_down", self.cool_down, 1)
 
     def elements(self, spec: PlanSpec, channels: int) -> int:
         """Numbers that the cache keeps; `channels` of the model do not matter."""
