@@ -135,7 +135,7 @@ def test_eval_prints_a_table_and_writes_json(model, place, capsys):
 
 
 def test_eval_fidelity(model, place, capsys):
-    options = ["--prompts-per-tag", "1", "--steps", "5", "--step-cache", "taylor:2"]
+    options = ["--prompts-per-tag", "1", "--steps", "6", "--step-cache", "taylor:2"]
     assert main(["eval", "fidelity", *options, "--json", "near.json", "--model", model]) == 0
     assert "psnr" in capsys.readouterr().out
     found = json.loads((place / "near.json").read_text())

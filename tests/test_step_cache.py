@@ -70,9 +70,9 @@ def test_a_cache_is_part_of_the_spec():
 def test_the_schedule_of_a_forecast():
     assert skipped(TaylorForecast(interval=2, warm_up=1)) == [1, 3, 5]
     assert skipped(TaylorForecast(interval=2, warm_up=3)) == [3, 5]
-    assert skipped(TaylorForecast(interval=3, warm_up=2)) == [2, 3, 5, 6]
+    assert skipped(TaylorForecast(interval=3, warm_up=2)) == [2, 3, 5]
+    assert skipped(TaylorForecast(interval=3, warm_up=2, cool_down=1)) == [2, 3, 5, 6]
     assert skipped(TaylorForecast(interval=9, warm_up=8)) == []
-    assert skipped(TaylorForecast(interval=3, warm_up=2, cool_down=2)) == [2, 3, 5]
     assert skipped(TaylorForecast(interval=2, warm_up=1), steps=1) == []
     # Null rows begin in step 3: what is known of them begins there too.
     late = {"guidance_interval": (0.375, 0.75)}
@@ -117,7 +117,7 @@ def test_a_forecast_is_exact_for_polynomials_of_its_order(order, interval):
     wanted = SamplingPlan(plain, Polynomial(plain, order)).run(*inputs, guidance=2.0)
     plan = SamplingPlan(spec, Polynomial(spec, order))
     torch.testing.assert_close(plan.run(*inputs, guidance=2.0), wanted, atol=1e-4, rtol=1e-4)
-    assert len(plan.skipped_steps) >= 5
+    assert len(plan.skipped_steps) >= 4
     assert sorted([*plan.denoiser.calls, *plan.skipped_steps]) == list(range(16))
     more = SamplingPlan(spec, Polynomial(spec, order + 1)).run(*inputs, guidance=2.0)
     exact = SamplingPlan(plain, Polynomial(plain, order + 1)).run(*inputs, guidance=2.0)

