@@ -30,7 +30,12 @@ class Times:
 
 
 def interleaved(
-    contenders: Mapping[str, Call], *, rounds: int, block_seconds: float, device: torch.device
+    contenders: Mapping[str, Call],
+    *,
+    rounds: int,
+    block_seconds: float,
+    device: torch.device,
+    calls_in_block: int | None = None,
 ) -> dict[str, Times]:
     """Time every contender in each round, first to last and then last to first.
 
@@ -39,8 +44,12 @@ def interleaved(
         rounds: at least 5 for an interval that means something.
         block_seconds: how long one contender runs at a time; a round has two blocks of each.
         device: synchronized around every block.
+        calls_in_block: instead of `block_seconds`, for calls of seconds that are warm already.
     """
-    calls = {name: _calls_for(call, block_seconds, device) for name, call in contenders.items()}
+    calls = {
+        name: calls_in_block or _calls_for(call, block_seconds, device)
+        for name, call in contenders.items()
+    }
     times = {name: Times() for name in contenders}
     order = list(contenders)
     for _ in range(rounds):

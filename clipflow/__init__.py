@@ -9,9 +9,12 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _EXPORTS = {
+    "Acceleration": "clipflow.acceleration",
+    "AccelerationError": "clipflow.errors",
     "CLIPFlowPipeline": "clipflow.pipelines",
     "FirstBlockCache": "clipflow.sampling",
     "TaylorForecast": "clipflow.sampling",
+    "accelerate": "clipflow.acceleration",
     "BackendUnavailable": "clipflow.errors",
     "ShapeError": "clipflow.errors",
     "explain": "clipflow.ops",

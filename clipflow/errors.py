@@ -27,6 +27,10 @@ class NotEnoughMemory(MemoryError):
     """What was asked for does not fit into a device's free memory."""
 
 
+class AccelerationError(ValueError):
+    """A module is not the stock one that `clipflow.accelerate` knows; nothing was changed."""
+
+
 class BackendUnavailable(RuntimeError):
     """The backend asked for by name cannot run this call on this machine."""
 

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "clipflow"
 FLOORS = {
     "cli": 6, "evaluation": 6, "serving": 6, "training": 6,
     "pipelines": 5,
-    "models": 4, "scenes": 4,
+    "models": 4, "scenes": 4, "acceleration": 4,
     "nn": 3, "sampling": 3,
     "ops": 2,
     "registry": 1, "errors": 1, "extension": 1, "modulation": 1,

@@ -24,7 +24,12 @@ class Stream(Protocol):
 
 
 class SplitDenoiser(Protocol):
-    """A denoiser whose velocity can be computed block by block."""
+    """A denoiser whose velocity can be computed block by block.
+
+    Attributes:
+        stream_shape: (R, N, D) of the residual stream with guidance.
+        depth: number of blocks.
+    """
 
     stream_shape: tuple[int, int, int]
     depth: int

@@ -76,7 +76,7 @@ class TaylorForecast:
         interval: one step of so many is computed, at least 2.
         order: of the polynomial, 0 (the last velocity again) to 3; less while fewer are known.
         warm_up: steps at the begin that are all computed, at least 1.
-        cool_down: steps at the end that are all computed, at least 1. The last steps are the longest:
+        cool_down: steps at the end that are all computed, at least 1. The last ones are the longest:
             skipping the one before the last costs 3 dB of PSNR on the embedded model.
 
     Raises:
