@@ -11,7 +11,7 @@ from tiny_pipeline import tiny_pipeline
 
 import clipflow
 from clipflow import FirstBlockCache, TaylorForecast, ops
-from clipflow.errors import InputError
+from clipflow.errors import InputError, SamplingError
 from clipflow.sampling import SamplingPlan
 from clipflow.sampling.forecast import forecast_schedule, lagrange_weights
 
@@ -122,6 +122,12 @@ def test_a_forecast_is_exact_for_polynomials_of_its_order(order, interval):
     more = SamplingPlan(spec, Polynomial(spec, order + 1)).run(*inputs, guidance=2.0)
     exact = SamplingPlan(plain, Polynomial(plain, order + 1)).run(*inputs, guidance=2.0)
     assert not torch.allclose(more, exact, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_without_blocks_has_no_first_one():
+    spec = tiny_spec(step_cache=ALWAYS)
+    with pytest.raises(SamplingError, match="must have a denoiser with blocks, got a Polynomial"):
+        SamplingPlan(spec, Polynomial(spec, 1))
 
 
 @pytest.mark.parametrize("tier", ["faithful", "fast"])

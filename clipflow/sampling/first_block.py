@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Stream(Protocol):
     hidden: Tensor
 
 
+@runtime_checkable
 class SplitDenoiser(Protocol):
     """A denoiser whose velocity can be computed block by block.
 

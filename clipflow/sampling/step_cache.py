@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from clipflow.errors import InputError
+from clipflow.errors import InputError, SamplingError
+from clipflow.sampling.first_block import FirstBlockVelocity, SplitDenoiser
+from clipflow.sampling.forecast import ForecastVelocity
 
 if TYPE_CHECKING:
     from clipflow.sampling.plan import Denoiser, PlanSpec
@@ -76,8 +78,8 @@ class TaylorForecast:
         interval: one step of so many is computed, at least 2.
         order: of the polynomial, 0 (the last velocity again) to 3; less while fewer are known.
         warm_up: steps at the begin that are all computed, at least 1.
-        cool_down: steps at the end that are all computed, at least 1. The last ones are the longest:
-            skipping the one before the last costs 3 dB of PSNR on the embedded model.
+        cool_down: steps at the end that are all computed, at least 1. The last ones are the
+            longest: skipping the one before the last costs 3 dB of PSNR on the embedded model.
 
     Raises:
         InputError: a value that cannot be.
@@ -135,14 +137,19 @@ class CachedVelocity(Protocol):
 
 
 def attach(spec: PlanSpec, denoiser: Denoiser) -> CachedVelocity | None:
-    """The cache that `spec` asks for, around `denoiser`; None where it asks for none."""
-    from clipflow.sampling.first_block import FirstBlockVelocity
-    from clipflow.sampling.forecast import ForecastVelocity
+    """The cache that `spec` asks for, around `denoiser`; None where it asks for none.
 
+    Raises:
+        SamplingError: the blocks of the model cannot be run in parts, as `FirstBlockCache` does.
+    """
     if spec.step_cache is None:
         return None
-    first_block = isinstance(spec.step_cache, FirstBlockCache)
-    return (FirstBlockVelocity if first_block else ForecastVelocity)(spec, denoiser)
+    if isinstance(spec.step_cache, TaylorForecast):
+        return ForecastVelocity(spec, denoiser)
+    if not isinstance(denoiser, SplitDenoiser):
+        name = type(denoiser).__name__
+        raise SamplingError(f"FirstBlockCache must have a denoiser with blocks, got a {name}")
+    return FirstBlockVelocity(spec, denoiser)
 
 
 def _check_whole(name: str, value: object, low: int, high: int | None = None) -> None:
