@@ -22,11 +22,14 @@ from clipflow.errors import AccelerationError
 TIERS = ("faithful", "fast")
 MARK = "_clipflow_acceleration"
 
-# Class of diffusers -> the module whose RECIPE is for it; diffusers is imported by that module.
+# Class of diffusers -> module:name of its recipe; diffusers is imported by that module.
 RECIPES = {
-    "Lumina2Transformer2DModel": "clipflow.acceleration.lumina2",
-    "LuminaNextDiT2DModel": "clipflow.acceleration.lumina_next",
-    "SanaTransformer2DModel": "clipflow.acceleration.sana",
+    "AutoencoderDC": "clipflow.acceleration.dc_ae:AUTOENCODER",
+    "Decoder": "clipflow.acceleration.dc_ae:DECODER",
+    "Encoder": "clipflow.acceleration.dc_ae:ENCODER",
+    "Lumina2Transformer2DModel": "clipflow.acceleration.lumina2:RECIPE",
+    "LuminaNextDiT2DModel": "clipflow.acceleration.lumina_next:RECIPE",
+    "SanaTransformer2DModel": "clipflow.acceleration.sana:RECIPE",
 }
 
 
@@ -221,6 +224,7 @@ def _recipe_for(module: object) -> Recipe:
     if kind.__name__ not in RECIPES or kind.__module__.partition(".")[0] != "diffusers":
         hint = " (of a pipeline, its transformer)" if hasattr(module, "components") else ""
         raise refuse("", full_name(kind), f"one of diffusers' {', '.join(RECIPES)}{hint}")
-    recipe = importlib.import_module(RECIPES[kind.__name__]).RECIPE
+    where, _, name = RECIPES[kind.__name__].partition(":")
+    recipe = getattr(importlib.import_module(where), name)
     check_type("", module, recipe.kind)
     return recipe

@@ -6,12 +6,17 @@ Source: specs of UniLIP sections 2.3 and 2.6; Chen et al., "Deep Compression Aut
 # Shape suffixes: B = batch, N = h*w tokens, H = LM width, C = latent channels.
 
 import math
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipflow.errors import ShapeError
+from clipflow.acceleration.replace import accelerate
+from clipflow.errors import InputError, ShapeError
 from clipflow.models.unilip.config import DecoderConfig
+from clipflow.models.unilip.decoder_memory import DECODE_BUDGET, choose_parts
+from clipflow.models.unilip.decoder_tiling import decode_tiled
 
 DOWN_BLOCKS = 3
 BLOCK_NORM_EPS = 1e-6
@@ -34,7 +39,14 @@ class DownBlock(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """`clip_down` and the DC-AE decoder (diffusers' class), under the reference's names."""
+    """`clip_down` and the DC-AE decoder (diffusers' class), under the reference's names.
+
+    The decoder is accelerated in place; `clipflow.Acceleration.of(pixel_decoder.decoder).undo()`
+    makes it stock again.
+
+    Attributes:
+        decode_budget: bytes of activations above which `decode` goes part by part, 1 GiB.
+    """
 
     def __init__(self, config: DecoderConfig, width: int) -> None:
         super().__init__()
@@ -60,6 +72,8 @@ class PixelDecoder(nn.Module):
             act_fn="silu",
             upsample_block_type="interpolate",
         )
+        accelerate(self.decoder)
+        self.decode_budget = DECODE_BUDGET
 
     def clip_down(self, features: Tensor) -> Tensor:
         """Latents [B, C, h, w] of projected features [B, h*w, H] on a square grid."""
@@ -70,9 +84,32 @@ class PixelDecoder(nn.Module):
             features = block(features)
         return self.down_mlp(features).transpose(1, 2).unflatten(2, (side, side))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [B, 3, S, S] in about [-1, 1] of `latents` [B, C, h, w], float32 or as given."""
-        return self.decoder(latents)
+    def decode(self, latents: Tensor, *, tile_size: int | None = None) -> Tensor:
+        """Pictures [B, 3, S, S] in about [-1, 1] of `latents` [B, C, h, w], float32 or as given.
+
+        Args:
+            latents: [B, C, h, w]; sampled ones divided by `unilip_factor`.
+            tile_size: side in pixels of the tiles that the picture is drawn in, which saves memory
+                and gives the same picture up to rounding. When not given, pictures are drawn whole
+                and at once as long as `decode_bytes` stays within `decode_budget`, else one by one,
+                else in tiles. With a gradient, always whole.
+
+        Raises:
+            InputError: `tile_size` is below 1.
+        """
+        if tile_size is not None and tile_size < 1:
+            raise InputError(f"decode: tile_size must be at least 1, got {tile_size}")
+        rows = len(latents)
+        if tile_size is None and not torch.is_grad_enabled():
+            shape = (rows, *latents.shape[2:])
+            rows, tile_size = choose_parts(self.config, shape, latents.dtype, self.decode_budget)
+        if tile_size is None and rows >= len(latents):
+            return self.decoder(latents)
+        draw = self.decoder if tile_size is None else partial(self._draw_tiled, tile_size)
+        return torch.cat([draw(part) for part in latents.split(rows)])
+
+    def _draw_tiled(self, tile_size: int, latents: Tensor) -> Tensor:
+        return decode_tiled(self.decoder, latents, tile_size)
 
 
 def resize_pictures(pictures: Tensor, size: int, *, align_corners: bool = False) -> Tensor:
