@@ -8,6 +8,7 @@ from tiny_dit import CAPTION, inputs_of, make_plan, reference_run, tiny_dit, tin
 
 from clipflow import ops
 from clipflow.errors import SamplingError, ShapeError
+from clipflow.models.dits import sana_denoiser
 from clipflow.models.dits.linears import QuantizedLinear
 from clipflow.sampling.tracing import kernels_of
 
@@ -35,6 +36,19 @@ def test_a_plan_is_as_exact_as_the_module(dit, solver, samples, conditions, guid
     wide = [t.double() for t in null], [t.double() for t in cond]
     truth = reference_run(copy.deepcopy(dit).double(), spec, noise.double(), *wide, scale)
     assert error(found, truth) <= 2 * error(eager, truth) + 1e-7
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 1.0)])
+def test_null_and_cond_rows_may_attend_together(dit, interval, monkeypatch):
+    spec = tiny_spec(4, (2, 2), guidance_interval=interval)
+    noise, null, cond = inputs_of(spec)
+    apart = make_plan(dit, spec).run(noise, null, cond, guidance=3.0)
+    monkeypatch.setattr(sana_denoiser, "attend_together", lambda spec: True)
+    plan = make_plan(dit, spec)
+    together = plan.run(noise, null, cond, guidance=3.0)
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+    kernels, blocks = plan.kernels(), len(dit.transformer_blocks)
+    assert kernels["addmm"] + kernels["mm"] == 6 * blocks
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

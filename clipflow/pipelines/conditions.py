@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from clipflow.errors import ShapeError
 from clipflow.models.unilip import UniLIPModel
 from clipflow.pipelines.prompts import Prompts
+from clipflow.sampling.weights import WeightsWatch
 
 Key = tuple[Hashable, ...]
 
@@ -130,9 +130,8 @@ class ConditionEncoder:
         self.model = model
         self.prompts = prompts
         self.cache = ConditionCache() if cache is None else cache
-        self._lock = threading.Lock()
-        self._state = object()  # stands for the weights as they are
-        self._storages: list[tuple[StorageWeakRef, int]] = []
+        self._watch = WeightsWatch(self._parameters)
+        self._state = self._watch.state()  # stands for the weights as they are
 
     @torch.no_grad()
     def text_to_image(
@@ -229,24 +228,16 @@ class ConditionEncoder:
         """Names the state of the weights, and the autocast dtype; drops what older ones made."""
         device = self.model.latent_queries.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        with self._lock:
-            now = [(p.untyped_storage(), _version(p)) for p in self._parameters()]
-            # While a weak reference is held, no other storage gets its address.
-            before = [(ref.cdata, version) for ref, version in self._storages]
-            if [(storage._cdata, version) for storage, version in now] != before:
-                self._storages = [(StorageWeakRef(storage), version) for storage, version in now]
-                self.cache.clear(self._state)
-                self._state = object()
-            return self._state, autocast
+        now = self._watch.state()
+        if now is not self._state:
+            self.cache.clear(self._state)
+            self._state = now
+        return now, autocast
 
     def _parameters(self) -> list[Tensor]:
         parts = [getattr(self.model, name) for name in PARTS]
         lists = [[p] if isinstance(p, Tensor) else list(p.parameters()) for p in parts]
         return [parameter for parameters in lists for parameter in parameters]
-
-
-def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
 
 
 def _digest(picture: Tensor) -> bytes:

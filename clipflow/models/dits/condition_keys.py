@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from clipflow import ops
 from clipflow.errors import ShapeError
 from clipflow.sampling.plan import PlanSpec
+from clipflow.sampling.weights import version_of
 
 
 class ConditionKeys:
@@ -59,7 +60,7 @@ class ConditionKeys:
         Raises:
             ShapeError: a condition is longer than there is room.
         """
-        source = [(tensor, tensor._version) for tensor in conditions]
+        source = [(tensor, version_of(tensor)) for tensor in conditions]
         if len(source) == len(self._source) and all(
             new is old and version == seen
             for (new, version), (old, seen) in zip(source, self._source, strict=True)
@@ -82,13 +83,20 @@ class ConditionKeys:
             project(embedded, self._buffer[block, : len(embedded)])
         self._source = source
 
-    def attend(self, block: int, query: Tensor) -> Tensor:
-        """Attention of `query` [rows, N, D] of consecutive samples; returns the same shape."""
+    def attend(self, block: int, query: Tensor, conditions: int | None = None) -> Tensor:
+        """Attention of `query`, [rows, N, D] of consecutive samples; returns the same shape.
+
+        Args:
+            block: of the transformer.
+            query: queries; every condition has the same number of rows.
+            conditions: how many of the last conditions they attend to; all if None.
+        """
         rows, N, D = query.shape
+        skip = 0 if conditions is None else self.count - conditions
         shape = (self.count, self._length, 2, self.heads, D // self.heads)
-        stored = self._buffer[block, : self.count * self._length].view(shape)
+        stored = self._buffer[block, : self.count * self._length].view(shape)[skip:]
         # Rows with the same condition are one longer sequence of queries.
-        q = query.view(self.count, rows // self.count * N, self.heads, -1)
-        lengths = None if self._equal else self._lengths
+        q = query.view(len(stored), rows // len(stored) * N, self.heads, -1)
+        lengths = None if self._equal else self._lengths[skip:]
         mixed = ops.dit_attention(q, stored[:, :, 0], stored[:, :, 1], key_lengths=lengths)
         return mixed.view(rows, N, D)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clipflow import ops
+from clipflow.sampling.weights import version_of
 
 # Tokens in full precision, or (values, scales) as `adaln_norm_quant` makes them.
 Operand = Tensor | tuple[Tensor, Tensor]
@@ -63,8 +64,8 @@ class QuantizedLinear:
     @classmethod
     def shared(cls, weight: Tensor, bias: Tensor | None) -> QuantizedLinear:
         """The layer that another plan made of the same weight, or a new one."""
-        version = 0 if weight.is_inference() else weight._version
-        key = (weight.data_ptr(), weight.shape, weight.dtype, weight.device, version)
+        place = (weight.data_ptr(), weight.shape, weight.dtype, weight.device)
+        key = (*place, version_of(weight))
         found = _quantized.get(key)
         if found is None:
             found = _quantized[key] = cls(weight, bias)
