@@ -1,18 +1,22 @@
 """`clipflow.accelerate` itself: what it changes, what it refuses, and how it is undone."""
 
 import copy
+import functools
 import io
 import pickle
-from functools import partial
 
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention import LuminaFeedForward
+from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 from diffusers.models.transformers import sana_transformer
+from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcessor2_0
 from torch import nn
 
 import clipflow
 from clipflow import Acceleration, AccelerationError
+from clipflow.acceleration.replace import check_specimen
 from tests import tiny_diffusers as tiny
 
 MODELS = {
@@ -171,7 +175,7 @@ def _backward_hook(model):
 
 def _own_forward(model):
     layer = model.transformer_blocks[0].attn2
-    layer.forward = partial(type(layer).forward, layer)
+    layer.forward = functools.partial(type(layer).forward, layer)
 
 
 def _processor(model):
@@ -282,6 +286,35 @@ def test_another_version_of_diffusers_is_refused(monkeypatch):
     message = r"forward of diffusers .* is \(self, hidden_states, ids\); wanted \(self, hidden_st"
     with pytest.raises(AccelerationError, match=message):
         clipflow.accelerate(model)
+
+
+DRIFT = {
+    "feed-forward": (tiny.sana, sana_transformer.GLUMBConv, "forward"),
+    "linear attention": (tiny.sana, SanaLinearAttnProcessor2_0, "__call__"),
+    "output norm": (tiny.sana, sana_transformer.SanaModulatedNorm, "forward"),
+    "lumina2 attention": (tiny.lumina2, Lumina2AttnProcessor2_0, "__call__"),
+    "lumina-next feed-forward": (tiny.lumina_next, LuminaFeedForward, "forward"),
+}
+
+
+@pytest.mark.parametrize("make, kind, name", DRIFT.values(), ids=DRIFT)
+def test_another_formula_under_the_same_signature_is_refused(make, kind, name, monkeypatch):
+    stock = getattr(kind, name)
+    changed = functools.wraps(stock)(lambda *args, **kwargs: stock(*args, **kwargs).abs())
+    monkeypatch.setattr(kind, name, changed)
+    check_specimen.cache_clear()
+    model = make()
+    before = attributes(model)
+    with pytest.raises(AccelerationError, match=r"is off by .* from what diffusers .* computes"):
+        clipflow.accelerate(model)
+    assert attributes(model) == before
+
+
+def test_trying_a_recipe_leaves_the_random_numbers_alone():
+    model, state = tiny.sana(num_layers=1), torch.get_rng_state()
+    check_specimen.cache_clear()
+    clipflow.accelerate(model)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_undo_refuses_where_others_came_after():

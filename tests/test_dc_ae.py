@@ -32,7 +32,7 @@ DECODERS = {
 @pytest.mark.parametrize("config", DECODERS.values(), ids=DECODERS)
 def test_decoder_error_is_that_of_diffusers(config):
     stock, fused, _ = both(tiny.decoder(**config))
-    own, ours = tiny.errors(stock, fused, torch.randn(2, 8, 10, 8))
+    own, ours = tiny.errors(stock, fused, torch.randn(1, 8, 8, 8))
     assert ours <= 2 * own
 
 

@@ -62,9 +62,9 @@ STOCK = {
 def test_tiles_make_the_whole_picture_exactly(config):
     """In float64 a missing neighbor cannot hide behind rounding."""
     decoder = tiny.decoder(block_out_channels=(16, 32, 32), latent_channels=4, **config).double()
-    latents = torch.randn(2, 4, 11, 9, dtype=torch.float64)
+    latents = torch.randn(2, 4, 8, 5, dtype=torch.float64)
     whole = decoder(latents)
-    for tile_size in (5, 16, 24, 400):
+    for tile_size in (7, 16, 400):
         tiled = decode_tiled(decoder, latents, tile_size)
         torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-6)  # diffusers norms in float32
 
@@ -82,7 +82,7 @@ def test_tile_size_of_decode():
 @torch.no_grad()
 def test_budget_chooses_the_parts(monkeypatch):
     decoder = tiny.pixel_decoder()
-    latents = torch.randn(3, 8, 16, 16)
+    latents = torch.randn(2, 8, 16, 16)
     whole = decoder.decode(latents)
     tiles = []
 
@@ -97,10 +97,10 @@ def test_budget_chooses_the_parts(monkeypatch):
     assert tiles == []
     decoder.decode_budget = one - 1
     torch.testing.assert_close(decoder.decode(latents), whole, rtol=0, atol=5e-5)
-    assert tiles == [(1, 32)] * 3
+    assert tiles == [(1, 32)] * 2
     with torch.enable_grad():
         assert decoder.decode(latents).requires_grad
-    assert len(tiles) == 3
+    assert len(tiles) == 2
 
 
 def test_parts_follow_the_budget():
@@ -116,28 +116,19 @@ def test_parts_follow_the_budget():
     assert decode_bytes(config, 32, 32, dtype=torch.bfloat16) < decode_bytes(config, 32, 32)
 
 
-@pytest.mark.parametrize("tile_size", [None, 32])
 @torch.no_grad()
-def test_decode_bytes_bound_the_peak(tile_size):
+def test_decode_bytes_bound_the_peak_and_tiles_take_less():
     decoder = tiny.pixel_decoder()
-    latents = torch.randn(1, 8, 32, 32)
+    latents = torch.randn(1, 8, 24, 24)
     decoder.decode(latents)  # transforms the kernels
-    estimate = decode_bytes(decoder.config, 32, 32, tile_size=tile_size)
-    with Peak() as peak:
-        decoder.decode(latents, tile_size=tile_size)
-    assert 0.5 * (estimate - BAND_BYTES) <= peak.most <= estimate
-
-
-@torch.no_grad()
-def test_tiles_take_less():
-    decoder = tiny.pixel_decoder()
-    latents = torch.randn(1, 8, 32, 32)
     most = {}
-    for tile_size in (None, 32):
+    for tile_size in (None, 24):
+        estimate = decode_bytes(decoder.config, 24, 24, tile_size=tile_size)
         with Peak() as peak:
             decoder.decode(latents, tile_size=tile_size)
         most[tile_size] = peak.most
-    assert most[32] < 0.8 * most[None]
+        assert 0.5 * (estimate - BAND_BYTES) <= peak.most <= estimate
+    assert most[24] < 0.8 * most[None]
 
 
 @torch.no_grad()
@@ -150,3 +141,17 @@ def test_decoder_is_accelerated_and_keeps_its_names():
     torch.testing.assert_close(decoder.decode(latents), twin.decode(latents), rtol=0, atol=5e-5)
     own, ours = tiny.errors(twin.decoder, decoder.decoder, latents)
     assert ours <= 2 * own
+
+
+@torch.no_grad()
+def test_an_unknown_diffusers_decodes_as_stock(monkeypatch):
+    def refuse(decoder):
+        raise clipflow.AccelerationError("accelerate: another version")
+
+    latents = torch.randn(1, 8, 8, 8)
+    expected = tiny.pixel_decoder().decode(latents)
+    monkeypatch.setattr(module, "accelerate", refuse)
+    with pytest.warns(UserWarning, match="accelerate: another version"):
+        decoder = tiny.pixel_decoder()
+    assert clipflow.Acceleration.of(decoder.decoder) is None
+    torch.testing.assert_close(decoder.decode(latents), expected, rtol=0, atol=5e-5)

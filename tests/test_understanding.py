@@ -25,10 +25,10 @@ def features(pipe):
 
 
 @torch.no_grad()
-def read(pipe, features, questions, room=8):
+def read(pipe, features, questions, room=8, pictures=None):
     texts = [pipe.prompts.question(question) for question in questions]
     ids, mask = pipe.prompts.rows(texts, pipe.device)
-    return Reading(pipe.model, ids, mask, features, room=room)
+    return Reading(pipe.model, ids, mask, features, room=room, pictures=pictures)
 
 
 @torch.no_grad()
@@ -52,6 +52,24 @@ def test_each_row_reads_on_as_if_alone(pipe, features, questions):
         wanted = logits_anew(pipe, features[row], question, said[row].tolist())
         found = torch.stack([step[row] for step in logits])
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("asked", [[0, 1, 2, 1], [0, 0, 0, 0]], ids=["uneven", "even"])
+def test_what_is_asked_about_one_picture_is_begun_once(pipe, features, asked):
+    questions, pictures = [QUESTIONS[i] for i in asked], torch.tensor([1, 0, 1, 0])
+    lengths = []
+    count = pipe.model.language_model.layers[0].self_attn.q_proj.register_forward_pre_hook(
+        lambda _, args: lengths.append(tuple(args[0].shape[:2]))
+    )
+    reading = read(pipe, features[:2], questions, pictures=pictures)
+    count.remove()
+    (pictures_read, shared), (rows, rest) = lengths
+    assert (pictures_read, rows) == (2, 4) and shared > features.shape[1] > 3 * rest
+    reading.extend(torch.tensor([7, 8, 9, 10]))
+    for row, question in enumerate(questions):
+        wanted = logits_anew(pipe, features[pictures[row]], question, [7 + row])
+        torch.testing.assert_close(reading.next_logits[row], wanted[-1], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from clipflow.acceleration.replace import Replacement
 from clipflow.nn.cross_attention import real_tokens_first
 
 Rope = tuple[Tensor, Tensor]
+FEED_FORWARD = tuple(f"feed_forward.linear_{number}" for number in (1, 2, 3))
 
 
 def feed_forward(self: LuminaFeedForward, x: Tensor) -> Tensor:

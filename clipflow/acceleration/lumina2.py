@@ -31,6 +31,10 @@ from clipflow.acceleration.lumina import Rope
 from clipflow.acceleration.norms import rms_norm, rms_norm_replacement
 from clipflow.acceleration.patches import unpatchify
 from clipflow.acceleration.replace import Recipe, Replacement
+from clipflow.acceleration.specimens import randomized
+
+BLOCKS = ("noise_refiner", "context_refiner", "layers")
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class Lumina2Attention:
@@ -223,7 +227,7 @@ def _block_replacements(name: str, part: Lumina2TransformerBlock) -> Iterator[Re
     attn = part.attn
     checks.check_type(f"{name}.attn", attn, Attention)
     checks.check_type(f"{name}.attn.processor", attn.processor, Lumina2AttnProcessor2_0)
-    checks.check_linear_layers(f"{name}.attn", attn, "to_q", "to_k", "to_v", "to_out.0")
+    checks.check_linear_layers(f"{name}.attn", attn, *PROJECTIONS)
     lumina.check_head_norms(f"{name}.attn", attn, RMSNorm)
     yield Replacement(
         name=f"{name}.attn", module=attn, attribute="processor", by=Lumina2Attention(),
@@ -233,4 +237,33 @@ def _block_replacements(name: str, part: Lumina2TransformerBlock) -> Iterator[Re
     yield Replacement(name=name, module=part, by=block, ops="sandwich_residual_norm")
 
 
-RECIPE = Recipe(kind=Lumina2Transformer2DModel, replacements=replacements)
+def int8_layers(model: Lumina2Transformer2DModel) -> Iterator[str]:
+    """The attention and feed-forward layers of all blocks."""
+    for blocks in BLOCKS:
+        for index, _ in enumerate(model.get_submodule(blocks)):
+            for layer in (*(f"attn.{key}" for key in PROJECTIONS), *lumina.FEED_FORWARD):
+                yield f"{blocks}.{index}.{layer}"
+
+
+def specimen() -> tuple[Lumina2Transformer2DModel, dict[str, object]]:
+    """A tiny model with grouped heads, and a call of it."""
+    model = Lumina2Transformer2DModel(
+        patch_size=2, in_channels=2, hidden_size=24, num_layers=2, num_refiner_layers=1,
+        num_attention_heads=2, num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 4, 4),
+        axes_lens=(8, 8, 8), cap_feat_dim=4,
+    )  # fmt: skip
+    return randomized(model), {
+        "hidden_states": torch.randn(2, 2, 8, 6),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "encoder_hidden_states": torch.randn(2, 3, 4),
+        "encoder_attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        "return_dict": False,
+    }
+
+
+RECIPE = Recipe(
+    kind=Lumina2Transformer2DModel,
+    replacements=replacements,
+    int8_layers=int8_layers,
+    specimen=specimen,
+)

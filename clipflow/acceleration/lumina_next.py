@@ -25,8 +25,10 @@ from clipflow.acceleration.lumina import Rope
 from clipflow.acceleration.norms import rms_norm_replacement
 from clipflow.acceleration.patches import unpatchify
 from clipflow.acceleration.replace import Recipe, Replacement
+from clipflow.acceleration.specimens import randomized
 
 Options = dict[str, object]
+PROJECTIONS = ("to_q", "to_k", "to_v")
 
 
 class LuminaNextAttention:
@@ -230,7 +232,7 @@ def _block_replacements(name: str, part: LuminaNextDiTBlock) -> Iterator[Replace
         attn, inner = getattr(part, key), f"{name}.{key}"
         checks.check_type(inner, attn, Attention)
         checks.check_type(f"{inner}.processor", attn.processor, LuminaAttnProcessor2_0)
-        checks.check_linear_layers(inner, attn, "to_q", "to_k", "to_v")
+        checks.check_linear_layers(inner, attn, *PROJECTIONS)
         if attn.norm_q is not None or attn.norm_k is not None:
             lumina.check_head_norms(inner, attn, nn.LayerNorm)
         yield Replacement(
@@ -241,4 +243,35 @@ def _block_replacements(name: str, part: LuminaNextDiTBlock) -> Iterator[Replace
     yield Replacement(name=name, module=part, by=block, ops="sandwich_residual_norm")
 
 
-RECIPE = Recipe(kind=LuminaNextDiT2DModel, replacements=replacements)
+def int8_layers(model: LuminaNextDiT2DModel) -> Iterator[str]:
+    """The attention and feed-forward layers of all blocks."""
+    projections = [f"{attn}.{key}" for attn in ("attn1", "attn2") for key in PROJECTIONS]
+    for index, _ in enumerate(model.layers):
+        for layer in (*projections, "attn2.to_out.0", *lumina.FEED_FORWARD):
+            yield f"layers.{index}.{layer}"
+
+
+def specimen() -> tuple[LuminaNextDiT2DModel, dict[str, object]]:
+    """A tiny model with grouped heads, and a call of it."""
+    model = LuminaNextDiT2DModel(
+        patch_size=2, in_channels=2, hidden_size=16, num_layers=2, num_attention_heads=2,
+        num_kv_heads=1, multiple_of=8, cross_attention_dim=4,
+    )  # fmt: skip
+    angle = torch.randn(4, 4, 4)
+    return randomized(model), {
+        "hidden_states": torch.randn(2, 2, 8, 6),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "encoder_hidden_states": torch.randn(2, 3, 4),
+        "encoder_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        "image_rotary_emb": torch.polar(torch.ones_like(angle), angle),
+        "cross_attention_kwargs": {"base_sequence_length": 5},
+        "return_dict": False,
+    }
+
+
+RECIPE = Recipe(
+    kind=LuminaNextDiT2DModel,
+    replacements=replacements,
+    int8_layers=int8_layers,
+    specimen=specimen,
+)

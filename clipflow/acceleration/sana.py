@@ -26,16 +26,18 @@ from diffusers.models.transformers.sana_transformer import (
     SanaTransformerBlock,
 )
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from clipflow import ops
 from clipflow.acceleration import checks
 from clipflow.acceleration.conditions import is_token_mask, real_tokens
+from clipflow.acceleration.int8 import is_pointwise, pointwise
 from clipflow.acceleration.norms import rms_norm_replacement
 from clipflow.acceleration.patches import unpatchify
 from clipflow.acceleration.replace import Recipe, Replacement
+from clipflow.acceleration.specimens import randomized
 
 LARGEST_HALF = 65504
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class SanaSelfAttention:
@@ -97,14 +99,15 @@ def mix_ffn(self: GLUMBConv, hidden_states: Tensor) -> Tensor:
 
 
 def _ffn_is_plain(ff: GLUMBConv) -> bool:
-    return checks.plain(nn.Conv2d, ff.conv_inverted, ff.conv_depth, ff.conv_point)
+    return checks.plain(nn.Conv2d, ff.conv_depth) and all(
+        map(is_pointwise, (ff.conv_inverted, ff.conv_point))
+    )
 
 
 def _mix_tokens(ff: GLUMBConv, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    x = F.linear(tokens, ff.conv_inverted.weight.flatten(1), ff.conv_inverted.bias)
-    depth = ff.conv_depth
+    x, depth = pointwise(ff.conv_inverted, tokens), ff.conv_depth
     x = ops.glu_conv(x, depth.weight.to(x.dtype), depth.bias.to(x.dtype), grid, pre_silu=True)
-    return F.linear(x, ff.conv_point.weight.flatten(1))
+    return pointwise(ff.conv_point, x)
 
 
 def block(
@@ -345,7 +348,37 @@ def _check_attention(name: str, attn: nn.Module | None, stock: type) -> None:
     checks.check_type(name, attn, Attention)
     checks.check_type(f"{name}.processor", attn.processor, stock)
     checks.check_value(f"{name}.rescale_output_factor", attn.rescale_output_factor, 1.0)
-    checks.check_linear_layers(name, attn, "to_q", "to_k", "to_v", "to_out.0")
+    checks.check_linear_layers(name, attn, *PROJECTIONS)
 
 
-RECIPE = Recipe(kind=SanaTransformer2DModel, replacements=replacements)
+def int8_layers(model: SanaTransformer2DModel) -> Iterator[str]:
+    """The linear layers of all blocks."""
+    projections = [f"{attn}.{key}" for attn, key in product(("attn1", "attn2"), PROJECTIONS)]
+    for index in range(len(model.transformer_blocks)):
+        for layer in (*projections, "ff.conv_inverted", "ff.conv_point"):
+            yield f"transformer_blocks.{index}.{layer}"
+
+
+def specimen() -> tuple[SanaTransformer2DModel, dict[str, object]]:
+    """A tiny model of every option that is accelerated, and a call of it."""
+    model = SanaTransformer2DModel(
+        in_channels=2, out_channels=2, num_layers=2, sample_size=4, qk_norm="rms_norm_across_heads",
+        num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2, patch_size=2,
+        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=4,
+    )  # fmt: skip
+    return randomized(model), {
+        "hidden_states": torch.randn(2, 2, 8, 6),
+        "encoder_hidden_states": torch.randn(2, 3, 4),
+        "timestep": torch.tensor([700, 30]),
+        "encoder_attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        "controlnet_block_samples": (torch.randn(2, 12, 16),),
+        "return_dict": False,
+    }
+
+
+RECIPE = Recipe(
+    kind=SanaTransformer2DModel,
+    replacements=replacements,
+    int8_layers=int8_layers,
+    specimen=specimen,
+)

@@ -18,6 +18,7 @@ the Accuracy of Winograd Convolution for Deep Neural Networks" (2020), on the ch
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -25,7 +26,7 @@ from clipflow.registry import chosen_backend
 
 # (channels, pixels): with fewer the plain sum is faster, and more exact (measured on 2 cores).
 LEAST, LEAST_REPEATED = (128, 1024), (48, 64)
-BAND_TILES = 256  # tiles at a time: what they become stays in the caches
+BAND_TILES = 128  # tiles at a time: what they become stays in the caches
 
 P, Q = 0.75, 1.5  # the points +-P and +-Q
 SIDE = 4  # of the outputs of a tile
@@ -69,6 +70,8 @@ def _winograd(image: Tensor, weight: Tensor, bias: Tensor | None, least: tuple[i
     """Whether this call gains from Winograd's form, and the form can have it."""
     if image.dtype is not torch.float32 or not image.is_cpu or image.numel() == 0:
         return False
+    if type(image) is not Tensor or type(weight) not in (Tensor, Parameter):
+        return False  # fake tensors and the like have no memory
     if min(weight.shape[:2]) < least[0] or image.shape[1] * image.shape[2] < least[1]:
         return False
     if torch.is_grad_enabled() and any(

@@ -113,4 +113,8 @@ class LanguageCalls(UniLIPParts):
     @torch.no_grad()
     def _read(self, images: Sequence[ImageInput], texts: Sequence[str], *, room: int) -> Reading:
         ids, mask = self.prompts.rows(texts, self.device)
-        return Reading(self.model, ids, mask, self._features(images), room=room)
+        different = list({id(image): image for image in images}.values())
+        places = {id(image): place for place, image in enumerate(different)}
+        pictures = torch.tensor([places[id(image)] for image in images], device=self.device)
+        features = self._features(different)
+        return Reading(self.model, ids, mask, features, room=room, pictures=pictures)

@@ -6,6 +6,7 @@ Source: specs of UniLIP sections 2.3 and 2.6; Chen et al., "Deep Compression Aut
 # Shape suffixes: B = batch, N = h*w tokens, H = LM width, C = latent channels.
 
 import math
+import warnings
 from functools import partial
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipflow.acceleration.replace import accelerate
-from clipflow.errors import InputError, ShapeError
+from clipflow.errors import AccelerationError, InputError, ShapeError
 from clipflow.models.unilip.config import DecoderConfig
 from clipflow.models.unilip.decoder_memory import DECODE_BUDGET, choose_parts
 from clipflow.models.unilip.decoder_tiling import decode_tiled
@@ -41,8 +42,8 @@ class DownBlock(nn.Module):
 class PixelDecoder(nn.Module):
     """`clip_down` and the DC-AE decoder (diffusers' class), under the reference's names.
 
-    The decoder is accelerated in place; `clipflow.Acceleration.of(pixel_decoder.decoder).undo()`
-    makes it stock again.
+    The decoder is accelerated in place where diffusers is as we know it, else a warning says so;
+    `clipflow.Acceleration.of(pixel_decoder.decoder).undo()` makes it stock again.
 
     Attributes:
         decode_budget: bytes of activations above which `decode` goes part by part, 1 GiB.
@@ -72,7 +73,10 @@ class PixelDecoder(nn.Module):
             act_fn="silu",
             upsample_block_type="interpolate",
         )
-        accelerate(self.decoder)
+        try:
+            accelerate(self.decoder)
+        except AccelerationError as error:  # another diffusers: slower, the same pictures
+            warnings.warn(f"decoder: runs as diffusers has it; {error}", stacklevel=2)
         self.decode_budget = DECODE_BUDGET
 
     def clip_down(self, features: Tensor) -> Tensor:

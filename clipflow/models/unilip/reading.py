@@ -33,37 +33,48 @@ class Reading:
     """
 
     def __init__(
-        self, model: UniLIPModel, ids: Tensor, mask: Tensor, features: Tensor, *, room: int
+        self,
+        model: UniLIPModel,
+        ids: Tensor,
+        mask: Tensor,
+        features: Tensor,
+        *,
+        room: int,
+        pictures: Tensor | None = None,
     ) -> None:
-        """Read prompts.
+        """Read prompts; what those about one picture begin with alike is read once.
 
         Args:
             model: whose language model reads.
             ids: [B, T], padded on either side.
             mask: [B, T], 1 where a token is real.
-            features: [B, N, H] of the pictures in the prompts.
+            features: [P, N, H] of the pictures.
             room: tokens that may be read on: by each row, or of a tree.
+            pictures: [B] int64, which picture is in each prompt; None where P = B are in order.
         """
         self.model = model
         self.lengths = mask.sum(-1)
         # Real tokens first: then causal attention by itself keeps them from seeing the padding.
-        order = mask.argsort(dim=-1, descending=True, stable=True)
-        embeddings = model.embed_prompt(ids.gather(1, order), features)
+        ids = ids.gather(1, mask.argsort(dim=-1, descending=True, stable=True))
         self._rows = torch.arange(len(ids), device=ids.device)
         self._longest = ids.shape[1]
         self._even = bool((self.lengths == self._longest).all())
         self._buffers: list[tuple[Tensor, Tensor]] = []
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._buffers.append((_with_room(k, room), _with_room(v, room)))
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            grouped = q.shape[1] != k.shape[1]
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-            return y.transpose(1, 2)
-
-        positions = torch.arange(self._longest, device=ids.device)
-        hidden = self._run(embeddings, positions, attend)
-        self.hidden = hidden[self._rows, self.lengths - 1]
+        pictures = self._rows if pictures is None else pictures
+        shared = self._shared(ids) if len(features) < len(ids) else 0
+        if shared:
+            beginning = ids[:1, :shared].expand(len(features), -1)
+            self._begin(model.embed_prompt(beginning, features), room=0)
+            room += self._longest - shared
+            pairs = (tuple(t[pictures] for t in pair) for pair in self._buffers)
+            self._buffers = [(_with_room(k, room), _with_room(v, room)) for k, v in pairs]
+            rest = torch.arange(self._longest - shared, device=ids.device)
+            causal = rest[:, None] >= rest
+            embeddings = model.embed_prompt(ids[:, shared:])
+            hidden = self._branch(embeddings, shared, rest, causal)
+        else:
+            hidden = self._begin(model.embed_prompt(ids, features[pictures]), room=room)
+        self.hidden = hidden[self._rows, self.lengths - 1 - shared]
 
     @property
     def next_logits(self) -> Tensor:
@@ -84,7 +95,11 @@ class Reading:
                 else:
                     buffer[self._rows, place] = new[:, 0]
             keys, values = (buffer[:, :longest] for buffer in self._buffers[layer])
-            return dit_attention(q, keys, values, key_lengths=None if even else self.lengths)
+            # The heads that share keys become queries: each key is loaded once for all of them.
+            grouped = q.unflatten(2, (keys.shape[2], -1))[:, 0].transpose(1, 2)
+            lengths = None if even else self.lengths
+            y = dit_attention(grouped, keys, values, key_lengths=lengths)
+            return y.transpose(1, 2).reshape(q.shape)
 
         embeddings = self.model.embed_prompt(tokens[:, None])
         self.hidden = self._run(embeddings, place, attend, per_row=True)[:, 0]
@@ -106,20 +121,37 @@ class Reading:
         if not self._even:
             found = self.lengths.tolist()
             raise ShapeError(f"tree: the rows must be equally long, got lengths {found}")
-        start, stop = self._longest, self._longest + len(tokens)
-        prompt = ancestors.new_ones(len(tokens), start)
-        seen = torch.cat([prompt, ancestors], dim=1)
+        embeddings = self.model.embed_prompt(tokens[None]).expand(len(self.hidden), -1, -1)
+        return self._branch(embeddings, self._longest, depths, ancestors)
+
+    def _shared(self, ids: Tensor) -> int:
+        """With how many equal tokens, image and all, the rows of `ids` begin; 0 if not so."""
+        equal = (ids == ids[:1]).all(0).long().cumprod(0).sum()
+        count = int(torch.minimum(equal, self.lengths.min() - 1))
+        image = ids[:, count:] == self.model.config.tokens.img_context
+        return 0 if bool(image.any()) else count
+
+    def _begin(self, embeddings: Tensor, *, room: int) -> Tensor:
+        """Read `embeddings` [B, L, H] into new buffers; their final states."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._buffers.append((_with_room(k, room), _with_room(v, room)))
+            return _attention(q, k, v, None)
+
+        positions = torch.arange(embeddings.shape[1], device=embeddings.device)
+        return self._run(embeddings, positions, attend)
+
+    def _branch(self, embeddings: Tensor, start: int, depths: Tensor, ancestors: Tensor) -> Tensor:
+        """Read `embeddings` [B, M, H] after the first `start` slots, each seeing its ancestors."""
+        stop = start + len(depths)
+        seen = torch.cat([ancestors.new_ones(len(depths), start), ancestors], dim=1)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for buffer, new in zip(self._buffers[layer], (k, v), strict=True):
                 buffer[:, start:stop] = new
-            keys, values = (buffer[:, :stop].transpose(1, 2) for buffer in self._buffers[layer])
-            grouped = q.shape[2] != k.shape[2]
-            q = q.transpose(1, 2)
-            y = F.scaled_dot_product_attention(q, keys, values, seen, enable_gqa=grouped)
-            return y.transpose(1, 2)
+            keys, values = (buffer[:, :stop] for buffer in self._buffers[layer])
+            return _attention(q, keys, values, seen)
 
-        embeddings = self.model.embed_prompt(tokens[None]).expand(len(self.hidden), -1, -1)
         return self._run(embeddings, start + depths, attend)
 
     def _run(
@@ -142,3 +174,12 @@ def _with_room(tensor: Tensor, room: int) -> Tensor:
     buffer = tensor.new_zeros(B, T + room, G, K)
     buffer[:, :T] = tensor
     return buffer
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+    """Of q [B, L, A, K] to the keys [B, S, G, K] in `seen` [L, S]; causal where that is None."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(
+        q, k, v, seen, is_causal=seen is None, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return y.transpose(1, 2)
