@@ -1,7 +1,10 @@
 """Memory: estimates equal what is held, what cannot fit is refused, offloading changes no bit."""
 
 import json
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,8 @@ from tiny_pipeline import tiny_pipeline
 
 from clipflow import CLIPFlowPipeline
 from clipflow.errors import InputError, NotEnoughMemory
+from clipflow.models.unilip import pixel_decoder
+from clipflow.models.unilip.decoder_memory import decode_bytes
 from clipflow.pipelines import offload as offloading
 from clipflow.pipelines import placement
 from clipflow.pipelines.memory_estimate import WEIGHTS
@@ -161,6 +166,26 @@ def test_auto_offloads_what_fits_only_so(monkeypatch):
     ]:
         with pytest.raises(NotEnoughMemory, match="loading scenes needs"):
             place(monkeypatch, mode, gpu, cpu)
+
+
+def test_decoding_takes_smaller_parts_before_it_is_refused(pipe, monkeypatch):
+    latents = torch.randn(3, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    decoder = pipe.model.vae_decoder
+    whole = pipe.model.config.decoder
+    with torch.no_grad():
+        wanted = decoder.decode(latents)
+        for rows, tile in [(3, None), (1, None), (1, 64)]:
+            needed = decode_bytes(whole, 16, 16, rows, tile_size=tile)
+            needed += (3 - rows) * 3 * 128 * 128 * 4
+            for module in (memory, pixel_decoder):
+                monkeypatch.setattr(module, "available_bytes", lambda device, n=needed: n)
+            assert decoder._parts(latents) == (rows, tile)
+            torch.testing.assert_close(decoder.decode(latents), wanted, atol=1e-4, rtol=1e-4)
+        for module in (memory, pixel_decoder):
+            monkeypatch.setattr(module, "available_bytes", lambda device: 2**20)
+        monkeypatch.setattr(decoder, "_draw_tiled", lambda *_: pytest.fail("allocated"))
+        with pytest.raises(NotEnoughMemory, match="drawing 3 pictures of 128 x 128 pixels needs"):
+            decoder.decode(latents)
 
 
 def test_bad_places_are_refused(pipe):
@@ -347,3 +372,23 @@ def test_a_running_part_keeps_the_pipeline_where_it_is(pipe, picture, monkeypatc
     assert pipe.offload.device == CPU and pipe.dtype == torch.bfloat16
     pipe.to("cpu")
     assert pipe.offload.device is None
+
+
+# Truth
+
+
+def can_reset_its_peak():
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return "VmHWM" in Path("/proc/self/status").read_text()
+
+
+@pytest.mark.skipif(not can_reset_its_peak(), reason="the system tells no peak of a process")
+def test_a_call_takes_what_is_estimated():
+    script = Path(__file__).with_name("peak_of_a_call.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ratios = json.loads(done.stdout)
+    assert 0.6 < ratios["sample"] < 1.3 and 0.6 < ratios["all"] < 1.3, ratios
