@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from clipflow.pipelines.arguments import broadcast, listed, paired, positive
 from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.image_processor import postprocess
 from clipflow.pipelines.language import LanguageCalls
+from clipflow.pipelines.offload import DECODER
 from clipflow.pipelines.options import (
     Generators,
     SamplingOptions,
@@ -195,9 +197,10 @@ class CLIPFlowPipeline(LanguageCalls):
             InputError: a picture that cannot be read, an unknown output type.
         """
         check_output_type(output_type)
-        latents = self.model.clip_down(self._features(listed(image)).float())
-        scaled = latents * self.model.config.unilip_factor
-        return self._output(self._pictures(scaled, output_type), return_dict)
+        features = self._features(listed(image)).float()
+        with self.offload.running(DECODER):
+            scaled = self.model.clip_down(features) * self.model.config.unilip_factor
+            return self._output(self._pictures(scaled, output_type), return_dict)
 
     def _options(
         self,
@@ -257,15 +260,17 @@ class CLIPFlowPipeline(LanguageCalls):
                 )
                 for run in runs
             ]
-        pictures = [
-            self._pictures(latents, options.output_type, native=run.size.native)
-            for run, (latents, _) in zip(runs, sampled, strict=True)
-        ]
         skipped = {
             sample: steps
             for run, (_, steps) in zip(runs, sampled, strict=True)
             for sample in run.samples
         }
+        needs_decoder = options.output_type != "latent"
+        with self.offload.running(DECODER) if needs_decoder else nullcontext():
+            pictures = [
+                self._pictures(latents, options.output_type, native=run.size.native)
+                for run, (latents, _) in zip(runs, sampled, strict=True)
+            ]
         return in_order(pictures, [run.samples for run in runs]), (
             () if options.step_cache is None else tuple(skipped[k] for k in sorted(skipped))
         )
