@@ -9,7 +9,8 @@ Result = dict[str, object]
 NOTE = """Models have true widths and random weights; all contenders share them. *diffusers eager*
 is UniLIP's loop on diffusers' own transformer, *diffusers Inductor* the same under torch.compile. A
 step is one guided model call (two rows a sample) and the solver's update; a run also prepares the
-conditions of new prompts, the null prompt being known. Errors of steps are relative L2 against
+conditions of new prompts, the null prompt being known. Rounds of larger batches and of full depth
+go one way, each the other way than the last. Errors of steps are relative L2 against
 float64, of runs against diffusers eager's latents. GFLOP/s count what each step must compute.
 """
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,24 +25,13 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import sampling_gpu, sampling_growth, sampling_image, sampling_tiers
 from benchmarks.machine import ceilings, facts, keep_freed_memory, write_result
-from benchmarks.ratios import paired_ratio
 from benchmarks.sampling_bars import gpu_bars, print_summaries, summaries_of
-from benchmarks.sampling_contenders import (
-    ACCELERATED,
-    EAGER,
-    FAITHFUL,
-    FAST,
-    INDUCTOR,
-    PEERS,
-    Cast,
-    Contender,
-)
-from benchmarks.sampling_models import Cell, Models, Workload, relative_error, step_flops
-from benchmarks.timing import Times, interleaved
+from benchmarks.sampling_contenders import Cast
+from benchmarks.sampling_measurement import Measurement
+from benchmarks.sampling_models import Cell, Models
 
 Result = dict[str, object]
 PARTS = ("step", "run", "depth", "tiers", "image", "plans")
-FAST_BAR, RUN_BAR = 3e-2, 1e-3  # relative L2 of a velocity; of a faithful run's latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +44,8 @@ class Scale:
         tier_steps: steps that the fast tier's error is looked at over.
         inductor, pipeline: whether torch.compile and SanaPipeline take part.
         image: what the embedded model does.
-        rounds, depth_rounds: A-B-B-A rounds.
+        rounds: A-B-B-A rounds.
+        turns: rounds of larger batches and of full depth, which go one way, each the other way.
     """
 
     steps: tuple[Cell, ...]
@@ -68,16 +57,16 @@ class Scale:
     pipeline: bool
     image: sampling_image.ImageScale
     rounds: int = 5
-    depth_rounds: int = 3
+    turns: int = 6
 
 
 def cells(models: tuple[str, ...], blocks: int, batches: tuple[int, ...]) -> tuple[Cell, ...]:
     return tuple(Cell(model=m, blocks=blocks, batch=b) for m in models for b in batches)
 
 
-WIDTHS = ("unilip-1b", "unilip-3b")
 FULL = Scale(
-    steps=cells(WIDTHS, 4, (1, 4)),
+    # Of the wider one half as many blocks: a run is to take minutes.
+    steps=cells(("unilip-1b",), 4, (1, 4)) + cells(("unilip-3b",), 2, (1, 4)),
     runs=cells(("unilip-1b",), 4, (1,)),
     depth=cells(("unilip-1b",), 28, (1,)),
     run_steps=4,
@@ -107,6 +96,7 @@ TINY = Scale(
     pipeline=True,
     image=sampling_image.ImageScale(steps=1, batch=2, rounds=1),
     rounds=2,
+    turns=2,
 )
 
 
@@ -149,7 +139,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sampling", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on GPU")
-    parser.add_argument("--rounds", type=int, help="A-B-B-A rounds; default 5, full depth 3")
+    parser.add_argument("--rounds", type=int, help="A-B-B-A rounds; default 5")
     parser.add_argument(
         "--part", action="append", choices=PARTS, dest="parts", help="repeat it; default: all"
     )
@@ -184,9 +174,14 @@ def measure_models(
         models = Models(mine[0][1].config, device, dtype)
         cast = Cast(models, inductor=scale.inductor and not deep, pipeline=scale.pipeline)
         for part, cell in mine:
-            rounds = args.rounds or (scale.depth_rounds if deep else scale.rounds)
-            measure = Measurement(cell, cast, scale, device, dtype, rounds)
-            measure.run() if part == "run" else measure.step(part)
+            large = device.type == "cpu" and (deep or cell.batch > 1)
+            measure = Measurement(cell, cast, device, dtype)
+            measure.turns = args.rounds or (scale.turns if large else scale.rounds)
+            measure.one_way = large
+            if part == "run":
+                measure.run(scale.run_steps)
+            else:
+                measure.step("step" if part == "step" else "step, full depth")
             body["rows"] += measure.rows
             body["wrong"] += measure.wrong
         body["absent"] |= cast.absent
@@ -198,116 +193,6 @@ def measure_models(
             for row in found:
                 row["mfu"] = row["tflop_per_s"] * 1e3 / body["ceilings"]["gemm_gflop_per_s"]
             body["gpu"] += found
-
-
-class Measurement:
-    """One cell: who is right, and how fast everybody is."""
-
-    def __init__(
-        self,
-        cell: Cell,
-        cast: Cast,
-        scale: Scale,
-        device: torch.device,
-        dtype: torch.dtype,
-        rounds: int,
-    ) -> None:
-        self.cell, self.cast, self.scale = cell, cast, scale
-        self.device, self.rounds = device, rounds
-        self.work = Workload(cell, device, dtype)
-        self.rows: list[Result] = []
-        self.wrong: list[str] = []
-
-    def step(self, what: str) -> None:
-        """Compare velocities in the middle of a run, then time single steps."""
-        contenders = self.cast.of(self.cell, self.work, 20, runs=False)
-        if what == "depth":
-            contenders = {name: contenders[name] for name in (EAGER, FAITHFUL, FAST)}
-        errors = self._check_velocities(contenders)
-        calls = {name: contenders[name].step for name in errors}
-        self._time("step" if what == "step" else "step, full depth", calls, errors, steps=1)
-
-    def run(self) -> None:
-        """Compare the latents of whole runs, then time them."""
-        steps = self.scale.run_steps
-        contenders = self.cast.of(self.cell, self.work, steps, runs=True)
-        wanted = contenders[EAGER].run()
-        errors = {name: relative_error(one.run(), wanted) for name, one in contenders.items()}
-        for name, error in list(errors.items()):
-            # A fast run may end elsewhere: its bar is that of single steps.
-            if name != FAST and not error <= self._run_bar():
-                self.wrong.append(f"run, {self.cell.name}, {name}: {error:.2e} from {EAGER}")
-                del errors[name]
-        calls = {name: contenders[name].run for name in errors}
-        self._time(f"run of {steps} steps", calls, errors, steps=steps)
-
-    def _run_bar(self) -> float:
-        return RUN_BAR if self.work.hidden.dtype == torch.float32 else 0.2
-
-    def _check_velocities(self, contenders: dict[str, Contender]) -> dict[str, float]:
-        """Relative error of everybody who is right, against float64 on the same tensors."""
-        work, index = self.work, 10
-        rows = torch.cat([work.noise, work.noise]).to(work.hidden.dtype)
-        time = int(contenders[EAGER].loop.scheduler.timesteps[index])
-        truth = self.cast.models.truth(rows, time, work.hidden, work.mask)
-        errors = {
-            name: relative_error(one.velocity(rows, index), truth)
-            for name, one in contenders.items()
-        }
-        # Peers are who they are; only one that computes something else is left out.
-        bars = {name: 2 * errors[EAGER] for name in (FAITHFUL, ACCELERATED)}
-        bars |= {FAST: max(FAST_BAR, 2 * errors[EAGER]), INDUCTOR: 100 * errors[EAGER]}
-        for name, bar in bars.items():
-            if name in errors and not errors[name] <= bar:
-                self.wrong.append(f"{self.cell.name}, {name}: {errors[name]:.2e} > {bar:.2e}")
-                del errors[name]
-        return errors
-
-    def _time(
-        self,
-        what: str,
-        calls: dict[str, Callable[[], object]],
-        errors: dict[str, float],
-        *,
-        steps: int,
-    ) -> None:
-        times = interleaved(
-            calls,
-            rounds=self.rounds,
-            block_seconds=0.0,
-            device=self.device,
-            calls_in_block=1,
-        )
-        cell = self.cell
-        for name in times:
-            head = {"what": what, "model": cell.model, "blocks": cell.blocks, "batch": cell.batch}
-            row = {
-                **head, "tokens": cell.tokens, "contender": name, "peer": name in PEERS,
-                "error": errors[name], **timings(name, times, steps * step_flops(cell)),
-            }  # fmt: skip
-            self.rows.append(row)
-            print(row_text(row), flush=True)
-
-
-def timings(name: str, times: dict[str, Times], flops: float) -> Result:
-    """Seconds, useful GFLOP/s, and paired ratios against every peer but itself."""
-    ours, others = times[name], [p for p in PEERS if p in times and p != name]
-    return {
-        "wall_s": ours.median,
-        "cpu_s": ours.median_cpu,
-        "gflop_per_s": flops / ours.median / 1e9,
-        "times_faster_than": {p: vars(paired_ratio(times[p].wall, ours.wall)) for p in others},
-        "times_less_cpu_than": {p: vars(paired_ratio(times[p].cpu, ours.cpu)) for p in others},
-    }
-
-
-def row_text(row: Result) -> str:
-    text = f"{row['what']:<18}{row['model']:<10} {row['blocks']:>2} blocks batch {row['batch']} "
-    text += f"{row['contender']:<22}{row['wall_s']:>8.3f} s {row['cpu_s']:>8.3f} cpu s"
-    text += f"{row['gflop_per_s']:>7.0f} GFLOP/s error {row['error']:.1e}"
-    for peer, r in row["times_faster_than"].items():
-        text += f"  {r['value']:.2f}x {peer} [{r['low']:.2f}, {r['high']:.2f}]"
-    return text
 
 
 if __name__ == "__main__":

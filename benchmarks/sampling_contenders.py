@@ -12,9 +12,9 @@ import torch
 from diffusers import SanaPipeline
 from torch import Tensor
 
-import clipflow
 from benchmarks.peers.sana_reference import ReferenceLoop, stock_pipeline
 from benchmarks.sampling_models import GUIDANCE, Cell, Models, Workload, plan_spec
+from clipflow import accelerate
 from clipflow.sampling import SamplingPlan
 
 EAGER, INDUCTOR, PIPELINE = "diffusers eager", "diffusers Inductor", "SanaPipeline"
@@ -124,14 +124,10 @@ class Cast:
             mode = "max-autotune" if device.type == "cuda" else None
             self._transformers[INDUCTOR] = torch.compile(models.stock, dynamic=False, mode=mode)
         else:
-            self.absent[INDUCTOR] = "not in a quick run"
+            self.absent[INDUCTOR] = "left out of quick runs and at full depth"
         self._pipeline = stock_pipeline(models.stock) if pipeline else None
-        accelerated = models.second_stock()
-        try:
-            clipflow.accelerate(accelerated)
-            self._transformers[ACCELERATED] = accelerated
-        except AttributeError:
-            self.absent[ACCELERATED] = "clipflow.accelerate is not there"
+        self._transformers[ACCELERATED] = models.second_stock()
+        accelerate(self._transformers[ACCELERATED])
 
     def of(self, cell: Cell, work: Workload, steps: int, *, runs: bool) -> dict[str, Contender]:
         """Contenders by name; `runs` adds those that have no single steps."""

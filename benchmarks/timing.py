@@ -36,6 +36,7 @@ def interleaved(
     block_seconds: float,
     device: torch.device,
     calls_in_block: int | None = None,
+    one_way: bool = False,
 ) -> dict[str, Times]:
     """Time every contender in each round, first to last and then last to first.
 
@@ -45,6 +46,8 @@ def interleaved(
         block_seconds: how long one contender runs at a time; a round has two blocks of each.
         device: synchronized around every block.
         calls_in_block: instead of `block_seconds`, for calls of seconds that are warm already.
+        one_way: a round is one block of each, first to last in one round and last to first in the
+            next: A-B-B-A over two rounds, for calls of many seconds.
     """
     calls = {
         name: calls_in_block or _calls_for(call, block_seconds, device)
@@ -52,9 +55,11 @@ def interleaved(
     }
     times = {name: Times() for name in contenders}
     order = list(contenders)
-    for _ in range(rounds):
+    for number in range(rounds):
+        back = list(reversed(order))
+        visits = (back if number % 2 else order) if one_way else [*order, *back]
         blocks: dict[str, list[tuple[float, float]]] = {name: [] for name in order}
-        for name in [*order, *reversed(order)]:
+        for name in visits:
             blocks[name].append(_block(contenders[name], calls[name], device))
         for name, pair in blocks.items():
             times[name].wall.append(statistics.mean(wall for wall, _ in pair))

@@ -14,7 +14,15 @@ from benchmarks import readme_table, report, sampling, sampling_growth
 from benchmarks.growth_plot import growth_plot
 from benchmarks.peers.sana_reference import ReferenceLoop
 from benchmarks.sampling_bars import gpu_bars, summaries_of, verdict
-from benchmarks.sampling_contenders import EAGER, FAITHFUL, FAST, INDUCTOR, PIPELINE, Cast
+from benchmarks.sampling_contenders import (
+    ACCELERATED,
+    EAGER,
+    FAITHFUL,
+    FAST,
+    INDUCTOR,
+    PIPELINE,
+    Cast,
+)
 from benchmarks.sampling_models import Cell, Models, Workload, plan_spec, relative_error, step_flops
 from clipflow.sampling import flow_schedule
 
@@ -32,9 +40,10 @@ def result(tmp_path_factory):
 
 def test_result_has_every_contender_with_its_ratios(result):
     rows = {(row["what"], row["contender"]): row for row in result["rows"]}
+    for tier in (FAITHFUL, FAST, ACCELERATED):
+        assert set(rows["run of 2 steps", tier]["times_faster_than"]) == {EAGER, PIPELINE}
     for tier in (FAITHFUL, FAST):
         assert set(rows["step", tier]["times_faster_than"]) == {EAGER}
-        assert set(rows["run of 2 steps", tier]["times_faster_than"]) == {EAGER, PIPELINE}
     assert rows["step", FAITHFUL]["error"] <= 2 * rows["step", EAGER]["error"]
     assert rows["step", FAITHFUL]["error"] < 1e-5 < rows["step", FAST]["error"] < 3e-2
     assert result["wrong"] == [] and INDUCTOR in result["absent"]
@@ -91,7 +100,7 @@ def test_reference_loop_is_ours():
 def test_a_wrong_contender_is_not_timed():
     models, work = Models(CELL.config, CPU, torch.float32), Workload(CELL, CPU, torch.float32)
     cast = Cast(models, inductor=False, pipeline=False)
-    measurement = sampling.Measurement(CELL, cast, sampling.TINY, CPU, torch.float32, 1)
+    measurement = sampling.Measurement(CELL, cast, CPU, torch.float32)
     contenders = cast.of(CELL, work, 20, runs=False)
     velocity = contenders[FAITHFUL].velocity
     contenders[FAITHFUL].velocity = lambda rows, index: velocity(rows, index) * 1.001
