@@ -16,7 +16,7 @@ from clipflow.models.unilip import UniLIPModel
 from clipflow.pipelines import CLIPFlowPipeline
 
 PROMPT = "a red circle"
-SIDE, IMAGES = 256, 4
+SIDE, IMAGES = 192, 4
 
 
 def resident(key):

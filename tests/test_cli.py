@@ -261,6 +261,7 @@ BAD_COMMANDS = {
     "unknown dtype": ([*GENERATE, "--dtype", "int8"], "int8"),
     "unknown device": ([*GENERATE, "--device", "abacus"], "got 'abacus'"),
     "missing gpu": ([*GENERATE, "--device", "cuda:77"], "GPUs here"),
+    "offload on the CPU": ([*GENERATE, "--device", "cpu", "--offload", "always"], "other than"),
     "unknown model": ([*GENERATE, "--model", "no-such"], "'no-such' is unknown"),
     "model is a file": ([*GENERATE, "--model", "PICTURE"], "got a file"),
     "unknown suffix": (["generate", "a star", "-o", "out.xyz"], "must end in .png"),

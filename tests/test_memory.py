@@ -11,6 +11,7 @@ import torch
 from tiny_pipeline import tiny_pipeline
 
 from clipflow import CLIPFlowPipeline
+from clipflow.cli.main import main
 from clipflow.errors import InputError, NotEnoughMemory
 from clipflow.models.unilip import pixel_decoder
 from clipflow.models.unilip.decoder_memory import decode_bytes
@@ -132,12 +133,14 @@ def test_bad_options_of_an_estimate_are_refused(pipe, case):
 # What does not fit
 
 
-def test_weights_that_do_not_fit_are_not_read(monkeypatch):
+def test_weights_that_do_not_fit_are_not_read(monkeypatch, tmp_path, capsys):
     needed = CLIPFlowPipeline.memory_estimate("scenes").total_weights
     monkeypatch.setattr(memory, "available_bytes", lambda device: needed - 1)
     monkeypatch.setattr("clipflow.pipelines.parts.load_unilip", lambda f: pytest.fail("read"))
     with pytest.raises(NotEnoughMemory, match=r"loading scenes needs 0\.02 GiB on cpu, and 0\.02"):
         CLIPFlowPipeline.from_pretrained("scenes")
+    assert main(["generate", "a star", "-o", str(tmp_path / "a.png"), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.startswith("clipflow: error: loading scenes needs 0.02 GiB")
 
 
 def place(monkeypatch, mode, gpu, cpu=2**50, device=GPU):

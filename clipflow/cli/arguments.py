@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 SOLVERS = ("dpmpp_2m", "euler", "heun")
 TIERS = ("faithful", "fast")
+OFFLOAD_MODES = ("auto", "never", "always")
 
 
 class UsageError(ValueError):
@@ -49,7 +50,7 @@ def add_command(
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --device, --dtype, --download."""
+    """--model, --device, --dtype, --offload, --download."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", default="scenes", metavar="NAME", help="scenes (default), or a model folder"
@@ -58,6 +59,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1"
     )
     group.add_argument("--dtype", default="float32", choices=DTYPES, help="default: float32")
+    group.add_argument(
+        "--offload",
+        default="auto",
+        choices=OFFLOAD_MODES,
+        help="keep what does not draw on the CPU while it does not run (default: if need be)",
+    )
     group.add_argument(
         "--download", action="store_true", help="let --model name a model on the Hugging Face hub"
     )
@@ -130,7 +137,9 @@ def load_pipeline(args: argparse.Namespace) -> CLIPFlowPipeline:
     folder = model_folders.find_model(args.model, local_files_only=not args.download)
     from clipflow.pipelines import CLIPFlowPipeline  # slow, so after all that may be refused
 
-    pipe = CLIPFlowPipeline.from_pretrained(folder, device=device, dtype=getattr(torch, args.dtype))
+    pipe = CLIPFlowPipeline.from_pretrained(
+        folder, device=device, dtype=getattr(torch, args.dtype), offload=args.offload
+    )
     pipe.set_progress_bar_config(disable=None)  # shown on a terminal, not in a log
     return pipe
 

@@ -14,22 +14,22 @@ from clipflow.nn.conv3x3 import LEAST, LEAST_REPEATED
 def language_activations(config: TextConfig, rows: int, positions: int, dtype: torch.dtype) -> int:
     """Of the language model and the connector on prompts [R, L].
 
-    The embeddings and the residual stream, and the larger of attention (its norm, queries, keys
-    and values before and after rotation, its result) and the feed-forward part (its norm and three
-    tensors of its width).
+    Seven tensors of the LM's width from the embeddings to the residual stream of the connector, and
+    the larger of attention (its norm, queries, keys and values before and after rotation, its
+    result) and the feed-forward part (its norm and three tensors of its width).
     """
     H, I = config.hidden_size, config.intermediate_size  # noqa: E741
     keys = H // config.num_attention_heads * config.num_key_value_heads
     attention = H + 2 * (H + 2 * keys) + H
-    return rows * positions * (2 * H + max(attention, H + 3 * I)) * dtype.itemsize
+    return rows * positions * (7 * H + max(attention, H + 3 * I)) * dtype.itemsize
 
 
 def vision_activations(config: VisionConfig, pictures: int, dtype: torch.dtype) -> int:
-    """Of the vision tower on `pictures`; as in `language_activations`."""
+    """Of the vision tower: four tensors of its width and three of its feed-forward width."""
     C, I = config.hidden_size, config.intermediate_size  # noqa: E741
     tokens = (config.image_size // config.patch_size) ** 2 + 1
     pixels = 3 * config.image_size**2
-    return pictures * (tokens * (2 * C + max(5 * C, 2 * I)) + pixels) * dtype.itemsize
+    return pictures * (tokens * (4 * C + 3 * I) + pixels) * dtype.itemsize
 
 
 def decode_activations(config: DecoderConfig, shape: tuple[int, int, int]) -> int:

@@ -197,13 +197,17 @@ class CallShape:
         )
 
 
-def estimate(config: UniLIPConfig, counts: Mapping[str, int], call: CallShape) -> MemoryEstimate:
-    """Memory of `call` for a model of `config` with `counts` parameters in each part."""
+def weight_bytes(counts: Mapping[str, int], dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of the `WEIGHTS` of a model with `counts` parameters in each part."""
     wide = {"decoder": torch.float32.itemsize}
-    weights = {
-        shown: sum(counts[part] for part in parts) * wide.get(shown, call.dtype.itemsize)
+    return {
+        shown: sum(counts[part] for part in parts) * wide.get(shown, dtype.itemsize)
         for shown, parts in WEIGHTS.items()
     }
+
+
+def estimate(config: UniLIPConfig, counts: Mapping[str, int], call: CallShape) -> MemoryEstimate:
+    """Memory of `call` for a model of `config` with `counts` parameters in each part."""
     spec = call.spec(config)
     with torch.device("meta"):
         dit = SanaTransformer(config.dit)
@@ -215,7 +219,7 @@ def estimate(config: UniLIPConfig, counts: Mapping[str, int], call: CallShape) -
     plan = dit.plan_bytes(spec) + (operand_bytes(dit, spec) if quantized else 0)
     shape = (call.images, *call.size[:2])
     return MemoryEstimate(
-        weights=weights,
+        weights=weight_bytes(counts, call.dtype),
         quantized_weights=quantized_bytes(dit, call.device) if quantized else 0,
         decoder_kernels=decoder_kernels(config.decoder, shape) if call.device == CPU else 0,
         conditions=rows * positions * config.dit.caption_channels * call.dtype.itemsize,

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from clipflow.errors import InputError
-from clipflow.pipelines.memory_estimate import folder_estimate
+from clipflow.pipelines.loading import read_unilip_sizes
+from clipflow.pipelines.memory_estimate import folder_estimate, weight_bytes
 from clipflow.pipelines.offload import CPU
 from clipflow.sampling.memory import available_bytes, require_bytes
 
@@ -34,17 +35,15 @@ def should_offload(
         raise InputError(f"offload must be one of {', '.join(OFFLOAD_MODES)}, got {mode!r}")
     if mode == "always":
         device = execution_device(device, CPU)
-    estimate = folder_estimate(folder, dtype=dtype, tier=tier, device=device)
-    free = available_bytes(device)
     offload = mode == "always"
-    if mode == "auto" and device != CPU and free is not None:
-        offload = estimate.peak_with_offload <= free < estimate.peak
-    what = f"loading {folder.name}"
-    if offload:
-        require_bytes(estimate.resting_weights, CPU, what)
-        require_bytes(estimate.total_weights - estimate.resting_weights, device, what)
-    else:
-        require_bytes(estimate.total_weights, device, what)
+    if mode == "auto" and device != CPU:
+        estimate = folder_estimate(folder, dtype=dtype, tier=tier, device=device)
+        free = available_bytes(device)
+        offload = free is not None and estimate.peak_with_offload <= free < estimate.peak
+    weights = weight_bytes(read_unilip_sizes(folder)[1], dtype)
+    staying = weights["DiT"] if offload else sum(weights.values())
+    require_bytes(staying, device, f"loading {folder.name}")
+    require_bytes(sum(weights.values()) - staying, CPU, f"loading {folder.name}")
     return offload
 
 
