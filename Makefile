@@ -33,8 +33,11 @@ test: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/ops.py
+	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/sampling.py --growth
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/readme_table.py
 
 bench-short: $(READY)
 	$(BIN)/python benchmarks/report.py --short --out build/bench

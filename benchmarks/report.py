@@ -2,8 +2,8 @@
 
 Run: python benchmarks/report.py [--results DIR] [--out DIR] [--short]
 
-`--short` first measures, for CI: ops and imports with few rounds, and what GPU kernels take. The
-newest result of each kind, device and dtype is shown. Every case is listed, losses too.
+`--short` first measures, for CI: ops, sampling and imports with few rounds, and what GPU kernels
+take. The newest result of each kind, device and dtype is shown. Every case is listed, losses too.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.growth_plot import growth_plot
 from benchmarks.machine import RESULTS
 from benchmarks.ratio_plot import ratio_plot
+from benchmarks.report_sampling import growth_section, sampling_section
+from benchmarks.report_text import ratio_text, table
 from benchmarks.roofline_plot import roofline_plot
 
 SHORT_RUN = RESULTS.parents[1] / "build" / "bench"
@@ -50,15 +53,20 @@ def main(argv: list[str] | None = None) -> int:
     (out / "report.md").write_text(render(results))
     (out / "ratios.svg").write_text(ratio_plot(ratio_bars(results)))
     (out / "roofline.svg").write_text(roofline(results))
-    print(*(out / name for name in ("report.md", "ratios.svg", "roofline.svg")), sep="\n")
+    files = ["report.md", "ratios.svg", "roofline.svg"]
+    for growth in (r for r in results if r["kind"] == "growth"):
+        (out / "growth.svg").write_text(growth_plot(growth["curves"]))
+        files.append("growth.svg")
+    print(*(out / name for name in files), sep="\n")
     return status
 
 
 def measure_short(folder: Path) -> int:
     """Measure quickly, leave the results in `folder`, and return 1 if anything was wrong."""
-    from benchmarks import kernels, ops, startup  # only here: rendering needs no op
+    from benchmarks import kernels, ops, sampling, startup  # only here: rendering needs no op
 
     wrong = ops.main(["--quick", "--json", str(folder / "ops.json")])
+    wrong |= sampling.main(["--quick", "--json", str(folder / "sampling.json")])
     startup.main(["--quick", "--json", str(folder / "startup.json")])
     spilled = kernels.main(["--json", str(folder / "kernels.json")])
     return wrong or spilled
@@ -78,7 +86,13 @@ def load(folder: Path) -> list[Result]:
 
 def render(results: list[Result]) -> str:
     """The whole report as Markdown."""
-    sections = {"ops": ops_section, "startup": startup_section, "kernels": kernels_section}
+    sections = {
+        "ops": ops_section,
+        "sampling": sampling_section,
+        "growth": growth_section,
+        "startup": startup_section,
+        "kernels": kernels_section,
+    }
     parts = ["# clipflow benchmarks\n", PLOTS]
     for result in results:
         parts += [heading(result), sections[result["kind"]](result)]
@@ -157,25 +171,16 @@ def kernels_section(result: Result) -> str:
     return "\n".join(table(header, rows))
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    lines = [" | ".join(header), " | ".join("---" for _ in header)]
-    lines += [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
-    return [f"| {line} |" for line in lines] + [""]
-
-
-def ratio_text(ratio: dict[str, float] | None) -> str:
-    if ratio is None:
-        return ""
-    text = f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-    return f"**{text}**" if ratio["value"] < 1 else text
-
-
 def ratio_bars(results: list[Result]) -> list[tuple[str, dict[str, float]]]:
-    """Label, and geometric mean with worst and best case, of every op of ours and peer."""
+    """Label, and geometric mean with worst and best case, of all that is ours and every peer."""
     bars = []
     for result in (r for r in results if r["kind"] == "ops"):
         for s in result["summaries"]:
             label = f"{s['op']}, {s['backend']} / {s['peer']}, {result['settings']['dtype']}"
+            bars.append((label, {"value": s["geomean"], "low": s["worst"], "high": s["best"]}))
+    for result in (r for r in results if r["kind"] == "sampling"):
+        for s in result["summaries"]:
+            label = f"{s['what']}, {s['model']}, {s['contender']} / {s['peer']}"
             bars.append((label, {"value": s["geomean"], "low": s["worst"], "high": s["best"]}))
     return bars
 

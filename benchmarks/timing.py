@@ -30,7 +30,13 @@ class Times:
 
 
 def interleaved(
-    contenders: Mapping[str, Call], *, rounds: int, block_seconds: float, device: torch.device
+    contenders: Mapping[str, Call],
+    *,
+    rounds: int,
+    block_seconds: float,
+    device: torch.device,
+    calls_in_block: int | None = None,
+    one_way: bool = False,
 ) -> dict[str, Times]:
     """Time every contender in each round, first to last and then last to first.
 
@@ -39,13 +45,21 @@ def interleaved(
         rounds: at least 5 for an interval that means something.
         block_seconds: how long one contender runs at a time; a round has two blocks of each.
         device: synchronized around every block.
+        calls_in_block: instead of `block_seconds`, for calls of seconds that are warm already.
+        one_way: a round is one block of each, first to last in one round and last to first in the
+            next: A-B-B-A over two rounds, for calls of many seconds.
     """
-    calls = {name: _calls_for(call, block_seconds, device) for name, call in contenders.items()}
+    calls = {
+        name: calls_in_block or _calls_for(call, block_seconds, device)
+        for name, call in contenders.items()
+    }
     times = {name: Times() for name in contenders}
     order = list(contenders)
-    for _ in range(rounds):
+    for number in range(rounds):
+        back = list(reversed(order))
+        visits = (back if number % 2 else order) if one_way else [*order, *back]
         blocks: dict[str, list[tuple[float, float]]] = {name: [] for name in order}
-        for name in [*order, *reversed(order)]:
+        for name in visits:
             blocks[name].append(_block(contenders[name], calls[name], device))
         for name, pair in blocks.items():
             times[name].wall.append(statistics.mean(wall for wall, _ in pair))

@@ -10,7 +10,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import baseline, kernels, report, startup
+from benchmarks import baseline, kernels, readme_table, report, startup
 from benchmarks.contenders import error_meter
 from benchmarks.ratio_plot import FASTER, SLOWER, ratio_plot
 from benchmarks.ratios import geomean, paired_ratio, summarize
@@ -204,4 +204,14 @@ def test_a_wrong_result_is_seen():
 
 def test_every_file_of_peers_belongs_to_an_op():
     files = {path.stem for path in (Path(report.__file__).parent / "peers").glob("*.py")}
-    assert files <= {op.name for op in all_ops()}
+    assert files <= {"sana_reference", *(op.name for op in all_ops())}
+
+
+def test_readme_says_what_the_results_say():
+    """After new results: python benchmarks/readme_table.py."""
+    assert readme_table.main(["--check"]) == 0
+    with pytest.raises(ValueError, match="wanted one <!-- speed"):
+        readme_table.replaced("no markers", "part")
+    text = f"a\n{readme_table.BEGIN}\nold\n{readme_table.END}\nb"
+    wanted = f"a\n{readme_table.BEGIN}\n\nnew\n\n{readme_table.END}\nb"
+    assert readme_table.replaced(text, "new\n") == wanted

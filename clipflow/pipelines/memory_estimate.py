@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ import torch
 
 from clipflow.errors import InputError
 from clipflow.models.dits.linears import can_quantize
-from clipflow.models.dits.sana import SanaTransformer
+from clipflow.models.dits.sana import SanaConfig, SanaTransformer
 from clipflow.models.dits.sana_quantized import operand_bytes, quantized_bytes
 from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.models.unilip.sizes import parameter_counts
@@ -209,8 +209,7 @@ def weight_bytes(counts: Mapping[str, int], dtype: torch.dtype) -> dict[str, int
 def estimate(config: UniLIPConfig, counts: Mapping[str, int], call: CallShape) -> MemoryEstimate:
     """Memory of `call` for a model of `config` with `counts` parameters in each part."""
     spec = call.spec(config)
-    with torch.device("meta"):
-        dit = SanaTransformer(config.dit)
+    dit = _without_memory(config.dit)
     quantized = call.tier == "fast" and _multiplies_in_8_bits(call.device)
     rows, positions = call.prompts + call.nulls, call.positions(config)
     language = language_activations(config.text, rows, positions, call.dtype)
@@ -226,7 +225,7 @@ def estimate(config: UniLIPConfig, counts: Mapping[str, int], call: CallShape) -
         plan=plan + _loop_bytes(spec),
         language=language,
         sampling=2 * spec.rows * spec.tokens * config.dit.hidden_size * call.dtype.itemsize,
-        decode=decode_activations(config.decoder, shape),
+        decode=decode_activations(config.decoder, shape, call.device),
     )
 
 
@@ -345,6 +344,12 @@ def _call(
         guided=scale != 1.0,
         **others,
     )
+
+
+@lru_cache(maxsize=1)
+def _without_memory(config: SanaConfig) -> SanaTransformer:
+    with torch.device("meta"):
+        return SanaTransformer(config)
 
 
 def _loop_bytes(spec: PlanSpec) -> int:

@@ -25,13 +25,14 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Reading:
-    """A batch of prompts that the language model has read, one in each row.
+    """A batch of prompts that the language model has read, one in each row; without gradients.
 
     Attributes:
         lengths: real tokens of each row so far, [B] int64.
         hidden: the language model's final state at the last token of each row, [B, H].
     """
 
+    @torch.no_grad()
     def __init__(
         self,
         model: UniLIPModel,
@@ -81,6 +82,7 @@ class Reading:
         """Float32 logits [B, V] of what follows each row."""
         return self.model.head(self.hidden).float()
 
+    @torch.no_grad()
     def extend(self, tokens: Tensor) -> None:
         """Read one token more in each row, `tokens` [B]."""
         place = self.lengths
@@ -104,6 +106,7 @@ class Reading:
         embeddings = self.model.embed_prompt(tokens[:, None])
         self.hidden = self._run(embeddings, place, attend, per_row=True)[:, 0]
 
+    @torch.no_grad()
     def tree(self, tokens: Tensor, depths: Tensor, ancestors: Tensor) -> Tensor:
         """States [B, M, H] of a tree of continuations, the same after each row.
 
@@ -169,9 +172,9 @@ class Reading:
 
 
 def _with_room(tensor: Tensor, room: int) -> Tensor:
-    """`tensor` [B, T, G, K] at the start of a buffer [B, T + room, G, K]."""
+    """`tensor` [B, T, G, K] at the start of a buffer [B, T + room, G, K], heads outermost."""
     B, T, G, K = tensor.shape
-    buffer = tensor.new_zeros(B, T + room, G, K)
+    buffer = tensor.new_zeros(B, G, T + room, K).transpose(1, 2)
     buffer[:, :T] = tensor
     return buffer
 

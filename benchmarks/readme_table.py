@@ -1,0 +1,162 @@
+"""Write README.md's part about speed from the newest results.
+
+Run: python benchmarks/readme_table.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.machine import RESULTS
+from benchmarks.report import load
+
+Result = dict[str, object]
+README = RESULTS.parents[1] / "README.md"
+BEGIN = "<!-- speed: written by benchmarks/readme_table.py -->"
+END = "<!-- end of speed -->"
+TIERS = {"faithful": "faithful (float32)", "fast": "fast (int8)"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="readme_table", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would")
+    args = parser.parse_args(argv)
+    old = README.read_text()
+    new = replaced(old, speed(load(RESULTS)))
+    if not args.check:
+        README.write_text(new)
+    return 1 if args.check and new != old else 0
+
+
+def replaced(text: str, part: str) -> str:
+    """`text` with `part` between the two markers.
+
+    Raises:
+        ValueError: the markers are not there once each, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README.md: wanted one {BEGIN} and one {END}")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{part}\n{END}{rest.split(END)[1]}"
+
+
+def speed(results: list[Result]) -> str:
+    """The part: ops, sampling where it was measured, and what a newcomer waits for."""
+    found = {
+        r["kind"]: r for r in results
+        if r.get("settings", {}).get("device", "cpu") == "cpu" and not is_quick(r)
+    }  # fmt: skip
+    ops, startup = found["ops"], found["startup"]
+    parts = [ops_part(ops)]
+    if "sampling" in found:
+        parts.append(sampling_part(found["sampling"]))
+    parts.append(closing_part(ops, startup, on_gpu=any(on_gpu(r) for r in results)))
+    return "\n".join(parts)
+
+
+def is_quick(result: Result) -> bool:
+    return bool(result.get("settings", {}).get("quick"))
+
+
+def on_gpu(result: Result) -> bool:
+    return result.get("settings", {}).get("device") == "cuda"
+
+
+def ops_part(ops: Result) -> str:
+    """The table of ops: geometric mean and worst case against eager PyTorch and Inductor."""
+    ratios = {
+        (s["op"], s["peer"]): s for s in ops["summaries"] if s["backend"] == "native"
+    }  # fmt: skip
+    names = [op for op, peer in ratios if peer == "inductor" and op != "quantized_linear"]
+    sizes = {op: len({r["case"] for r in ops["rows"] if r["op"] == op}) for op in names}
+    losses = [case for op in names for peer in ("eager", "inductor")
+              for case in ratios[op, peer]["losses"]]  # fmt: skip
+    slower = f"Slower at {len(losses)} of them." if losses else "Slower at none."
+    machine = ops["machine"]
+    torch = ".".join(machine["versions"]["torch"].split(".")[:2])
+    head = (
+        f"Speed on {machine['cores']} cores of an {machine['cpu']} ({machine['instruction_set']}), "
+        f"{ops['settings']['dtype']}, PyTorch {torch}, `clipflow bench ops`: times faster, in the "
+        f"geometric mean over sizes of real models and, in brackets, at the worst of them. {slower}"
+    )
+    lines = [filled(head), "", "| C++ on the CPU | sizes | eager PyTorch | Inductor |"]
+    lines.append("|---|---|---|---|")
+    for op in names:
+        cells = [mean_and_worst(ratios[op, peer]) for peer in ("eager", "inductor")]
+        lines.append(f"| `{op}` | {sizes[op]} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def sampling_part(sampling: Result) -> str:
+    """The table of sampling: a guided step of both tiers against diffusers."""
+    found = {
+        (s["what"], s["model"], s["contender"], s["peer"]): s for s in sampling["summaries"]
+    }  # fmt: skip
+    head = (
+        "A guided sampling step of UniLIP's transformer (random weights, 256 tokens, "
+        "`clipflow bench sampling`) against diffusers' own module in UniLIP's loop:"
+    )
+    lines = [filled(head), "", "| tier | model | diffusers, eager | diffusers, Inductor |"]
+    lines.append("|---|---|---|---|")
+    for tier, name in TIERS.items():
+        for what, model in dict.fromkeys((w, m) for w, m, c, _ in found if c == tier):
+            if not what.startswith("step") or model == "all":
+                continue
+            cells = [
+                mean_and_worst(s) if (s := found.get((what, model, tier, peer))) else ""
+                for peer in ("diffusers eager", "diffusers Inductor")
+            ]
+            size = f"{model}, {blocks_of(sampling, what, model)} blocks"
+            lines.append(f"| {name} | {size} | {' | '.join(cells)} |")
+    lines.append("")
+    if image := sampling.get("image"):
+        rows = {row["name"]: row for row in image["rows"]}
+        ours = rows["faithful"]
+        lines += [filled(
+            f"The embedded model draws a picture ({image['steps']} steps) in {ours['wall_s']:.2f} "
+            f"s, {ours['times_faster_than_eager']['value']:.1f} times as fast as its own unfused "
+            "path."
+        ), ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def blocks_of(sampling: Result, what: str, model: str) -> int:
+    return next(
+        r["blocks"] for r in sampling["rows"] if (r["what"], r["model"]) == (what, model)
+    )  # fmt: skip
+
+
+def closing_part(ops: Result, startup: Result, *, on_gpu: bool) -> str:
+    int8 = {
+        s["peer"]: mean_and_worst(s) for s in ops["summaries"]
+        if (s["op"], s["backend"]) == ("quantized_linear", "native")
+    }  # fmt: skip
+    rows = {row["name"]: row["value"] for row in startup["rows"]}
+    text = (
+        f"`quantized_linear` (int8, quantization included) is {int8['float32 linear']} times as "
+        f"fast as the float32 layer, {int8['torch dynamic int8']} times as PyTorch's dynamic int8. "
+        "A picture from a fresh process takes "
+        f"{rows['clipflow generate, start to file']:.1f} s and "
+        f"{rows['clipflow generate, peak memory']:.2f} GB, in a warm one "
+        f"{rows['one image in a warm process']:.2f} s (`clipflow bench startup`). "
+        + ("" if on_gpu else "No GPU kernel has been timed yet. ")
+        + "All cases and intervals: [benchmarks/results/report.md](benchmarks/results/report.md)."
+    )
+    return filled(text) + "\n"
+
+
+def mean_and_worst(summary: Result) -> str:
+    return f"{summary['geomean']:.1f} ({summary['worst']:.1f})"
+
+
+def filled(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 100, break_long_words=False, break_on_hyphens=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
