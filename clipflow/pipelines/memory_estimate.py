@@ -41,7 +41,7 @@ from clipflow.pipelines.options import (
     picture_size,
 )
 from clipflow.pipelines.sampler import LENGTH_STEP
-from clipflow.sampling import PlanSpec, flow_schedule
+from clipflow.sampling import PlanSpec, StepCache, flow_schedule
 from clipflow.sampling.loop import SamplingLoop
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ class CallShape:
         steps, solver, guided: of sampling.
         prompt_tokens: of the longest prompt with its template, without a picture.
         edit: whether each prompt has a picture.
+        step_cache: how steps are skipped, if they are.
         dtype, device, tier: of the pipeline.
     """
 
@@ -165,6 +166,7 @@ class CallShape:
     guided: bool
     prompt_tokens: int
     edit: bool
+    step_cache: StepCache | None
     dtype: torch.dtype
     device: torch.device
     tier: str
@@ -194,6 +196,7 @@ class CallShape:
             dtype=self.dtype,
             device=torch.device("meta"),
             tier=self.tier,
+            step_cache=self.step_cache,
         )
 
 
@@ -241,6 +244,7 @@ def folder_estimate(
     solver: str | None = None,
     prompt_tokens: int = PROMPT_TOKENS,
     edit: bool = False,
+    step_cache: StepCache | None = None,
     dtype: torch.dtype = torch.float32,
     tier: str = "faithful",
     device: str | torch.device = "cpu",
@@ -256,6 +260,7 @@ def folder_estimate(
         num_inference_steps, guidance_scale, solver: the model's own when not given.
         prompt_tokens: of the longest prompt, its template included (about 15 tokens).
         edit: the call is `edit`, with a picture for each prompt.
+        step_cache: how steps are skipped, if they are.
         dtype: of the weights; the decoder is float32 always.
         tier: of sampling.
         device: where the model will run.
@@ -269,6 +274,7 @@ def folder_estimate(
     return estimate(config, counts, _call(
         config, defaults, images=num_images, prompts=num_prompts, height=height, width=width,
         steps=num_inference_steps, scale=guidance_scale, solver=solver, edit=edit,
+        step_cache=step_cache,
         prompt_tokens=prompt_tokens, dtype=dtype, tier=tier, device=torch.device(device),
     ))  # fmt: skip
 
@@ -285,6 +291,7 @@ def pipeline_estimate(
     solver: str | None = None,
     prompt_tokens: int = PROMPT_TOKENS,
     edit: bool = False,
+    step_cache: StepCache | None = None,
     tier: str | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory of a call of a pipeline, with its dtype, device and defaults.
@@ -298,6 +305,7 @@ def pipeline_estimate(
     return estimate(config, parameter_counts(pipeline.model), _call(
         config, pipeline.defaults, images=num_images, prompts=num_prompts, height=height,
         width=width, steps=num_inference_steps, scale=guidance_scale, solver=solver, edit=edit,
+        step_cache=step_cache,
         prompt_tokens=prompt_tokens, dtype=pipeline.dtype, tier=tier or pipeline.tier,
         device=pipeline.device,
     ))  # fmt: skip
