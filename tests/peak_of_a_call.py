@@ -35,7 +35,7 @@ def middle_sized_pipeline():
     tiny = tiny_pipeline()
     config = tiny.model.config
     dit = dataclasses.replace(config.dit, num_attention_heads=8, num_cross_attention_heads=8)
-    decoder = dataclasses.replace(config.decoder, block_out_channels=(48, 96, 128, 128))
+    decoder = dataclasses.replace(config.decoder, block_out_channels=(64, 128, 128, 128))
     model = UniLIPModel(dataclasses.replace(config, dit=dit, decoder=decoder))
     pipe = CLIPFlowPipeline(model, tiny.tokenizer)
     pipe.set_progress_bar_config(disable=True)

@@ -198,6 +198,10 @@ def test_info(model, place, capsys):
     assert main(["info", model, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     pipe = tiny_pipeline()
+    memory = facts["memory"]["fast"]["float32"]
+    assert memory["cpu"] == pipe.memory_estimate(tier="fast").peak
+    assert facts["weight_bytes"]["float32"] < memory["cuda"]
+    assert memory["cuda_offload"] < memory["cuda"] <= memory["cpu"]
     assert facts["total"] == sum(weight.numel() for weight in pipe.model.parameters())
     assert facts["weight_bytes"]["float32"] == 4 * facts["total"]
     pipe.to(torch.bfloat16)

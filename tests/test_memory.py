@@ -20,7 +20,7 @@ from clipflow.pipelines import placement
 from clipflow.pipelines.memory_estimate import WEIGHTS
 from clipflow.pipelines.model_folders import find_model
 from clipflow.pipelines.offload import CPU, DECODER, GROUPS, LANGUAGE
-from clipflow.sampling import memory
+from clipflow.sampling import FirstBlockCache, memory
 
 GPU = torch.device("cuda", 0)
 PROMPT, QUESTION = "a red circle", "what color is the star?"
@@ -62,6 +62,7 @@ def test_weights_are_those_of_the_parameters(pipe, dtype, tmp_path):
 CALLS = [
     {},
     {"tier": "fast"},
+    {"step_cache": FirstBlockCache()},
     {"guidance_scale": 1.0, "num_inference_steps": 2},
     {"solver": "heun", "num_images": 3, "tier": "fast"},
     {"solver": "euler", "height": 32, "width": 96, "num_images": 2, "num_prompts": 2},
@@ -79,7 +80,8 @@ def test_a_plan_is_as_large_as_estimated(pipe, call, dtype):
     options["num_images_per_prompt"] = options.pop("num_images", 1) // prompts
     pipe(["a red circle", "a red square"][:prompts], output_type="latent", **options)
     (plan,) = pipe.plans.plans()
-    assert plan.nbytes == estimate.plan + estimate.quantized_weights
+    scalars = 64 if "step_cache" in call else 0
+    assert 0 <= plan.nbytes - (estimate.plan + estimate.quantized_weights) <= scalars
     assert bool(estimate.quantized_weights) == (call.get("tier") == "fast")
 
 

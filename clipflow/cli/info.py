@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # These stay float32 in every dtype.
 ALWAYS_WIDE = ("clip_down", "decoder")
-# Numbers of `MemoryEstimate` -> what they are called here.
-MEMORY = {"peak": "all", "peak_with_offload": "device, offloaded"}
+# Where a picture is drawn -> what that is called here.
+PLACES = {"cpu": "CPU", "cuda": "GPU", "cuda_offload": "GPU, offloaded"}
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -67,24 +67,28 @@ def format_facts(facts: dict) -> str:
         f"  {name:<16}{size / 2**20:>11,.1f} MiB" for name, size in facts["weight_bytes"].items()
     ]
     lines += [f"  {'files':<16}{facts['file_bytes'] / 2**20:>11,.1f} MiB"]
-    lines += ["", "memory for one picture" + "".join(f"{shown:>18}" for shown in MEMORY.values())]
+    lines += ["", "memory for one picture" + "".join(f"{shown:>18}" for shown in PLACES.values())]
     for tier, dtypes in facts["memory"].items():
         for name, sizes in dtypes.items():
-            numbers = "".join(f"{sizes[key] / 2**20:>14,.1f} MiB" for key in MEMORY)
+            numbers = "".join(f"{sizes[place] / 2**20:>14,.1f} MiB" for place in PLACES)
             lines.append(f"  {f'{tier}, {name}':<20}{numbers}")
     return "\n".join(lines)
 
 
-def _memory(folder: Path, tier: str) -> dict[str, dict[str, object]]:
-    """Estimates by dtype."""
+def _memory(folder: Path, tier: str) -> dict[str, dict[str, int]]:
+    """Bytes at most, by dtype and place."""
     import torch
 
     from clipflow.pipelines.memory_estimate import folder_estimate
 
-    return {
-        name: folder_estimate(folder, tier=tier, dtype=getattr(torch, name)).as_dict()
-        for name in BYTES
-    }
+    memory = {}
+    for name in BYTES:
+        cpu, cuda = (
+            folder_estimate(folder, tier=tier, dtype=getattr(torch, name), device=device)
+            for device in ("cpu", "cuda")
+        )
+        memory[name] = dict(zip(PLACES, (cpu.peak, cuda.peak, cuda.peak_with_offload), strict=True))
+    return memory
 
 
 def _architecture(config: UniLIPConfig) -> dict[str, str]:

@@ -7,8 +7,13 @@ from __future__ import annotations
 import torch
 
 from clipflow.models.unilip.config import DecoderConfig, TextConfig, VisionConfig
-from clipflow.models.unilip.decoder_memory import DECODE_BUDGET, choose_parts, decode_bytes
-from clipflow.nn.conv3x3 import LEAST, LEAST_REPEATED
+from clipflow.models.unilip.decoder_memory import (
+    DECODE_BUDGET,
+    WORK_BYTES,
+    choose_parts,
+    decode_bytes,
+)
+from clipflow.nn.conv3x3 import BAND_TILES, LEAST, LEAST_REPEATED, SIDE
 
 
 def language_activations(config: TextConfig, rows: int, positions: int, dtype: torch.dtype) -> int:
@@ -32,16 +37,29 @@ def vision_activations(config: VisionConfig, pictures: int, dtype: torch.dtype) 
     return pictures * (tokens * (4 * C + 3 * I) + pixels) * dtype.itemsize
 
 
-def decode_activations(config: DecoderConfig, shape: tuple[int, int, int]) -> int:
+def decode_activations(
+    config: DecoderConfig, shape: tuple[int, int, int], device: torch.device
+) -> int:
     """Of the decoder on latents of `shape` = (B, h, w), in the parts it goes in, with pictures.
 
-    Pictures are float32 and held four times while they are brought into range.
+    Pictures are float32 and held four times while they are brought into range. Of the bound that
+    `decode_bytes` has for work space, what bands of convolutions take on a CPU is counted.
     """
     B, h, w = shape
     rows, tile_size = choose_parts(config, shape, torch.float32, DECODE_BUDGET)
     pictures = B * 3 * h * w * config.upscale**2 * torch.float32.itemsize
-    drawing = decode_bytes(config, h, w, min(rows, B), tile_size=tile_size)
+    drawing = decode_bytes(config, h, w, min(rows, B), tile_size=tile_size) - WORK_BYTES
+    drawing += _band_bytes(config, w) if device.type == "cpu" else 0
     return max(drawing + (pictures if rows < B else 0), 4 * pictures)
+
+
+def _band_bytes(config: DecoderConfig, width: int) -> int:
+    """Of `clipflow.nn.conv3x3` on a band of rows: factors and products, and halves of both."""
+    most = 0
+    for index, C in enumerate(config.block_out_channels):
+        side = width * (config.upscale >> index)
+        most = max(most, max(BAND_TILES, side // SIDE) * (48 + 76) * C)
+    return most * torch.float32.itemsize
 
 
 def decoder_kernels(config: DecoderConfig, shape: tuple[int, int, int]) -> int:

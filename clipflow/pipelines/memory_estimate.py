@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ import torch
 
 from clipflow.errors import InputError
 from clipflow.models.dits.linears import can_quantize
-from clipflow.models.dits.sana import SanaTransformer
+from clipflow.models.dits.sana import SanaConfig, SanaTransformer
 from clipflow.models.dits.sana_quantized import operand_bytes, quantized_bytes
 from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.models.unilip.sizes import parameter_counts
@@ -41,7 +41,7 @@ from clipflow.pipelines.options import (
     picture_size,
 )
 from clipflow.pipelines.sampler import LENGTH_STEP
-from clipflow.sampling import PlanSpec, flow_schedule
+from clipflow.sampling import PlanSpec, StepCache, flow_schedule
 from clipflow.sampling.loop import SamplingLoop
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ class CallShape:
         steps, solver, guided: of sampling.
         prompt_tokens: of the longest prompt with its template, without a picture.
         edit: whether each prompt has a picture.
+        step_cache: how steps are skipped, if they are.
         dtype, device, tier: of the pipeline.
     """
 
@@ -165,6 +166,7 @@ class CallShape:
     guided: bool
     prompt_tokens: int
     edit: bool
+    step_cache: StepCache | None
     dtype: torch.dtype
     device: torch.device
     tier: str
@@ -194,6 +196,7 @@ class CallShape:
             dtype=self.dtype,
             device=torch.device("meta"),
             tier=self.tier,
+            step_cache=self.step_cache,
         )
 
 
@@ -209,8 +212,7 @@ def weight_bytes(counts: Mapping[str, int], dtype: torch.dtype) -> dict[str, int
 def estimate(config: UniLIPConfig, counts: Mapping[str, int], call: CallShape) -> MemoryEstimate:
     """Memory of `call` for a model of `config` with `counts` parameters in each part."""
     spec = call.spec(config)
-    with torch.device("meta"):
-        dit = SanaTransformer(config.dit)
+    dit = _without_memory(config.dit)
     quantized = call.tier == "fast" and _multiplies_in_8_bits(call.device)
     rows, positions = call.prompts + call.nulls, call.positions(config)
     language = language_activations(config.text, rows, positions, call.dtype)
@@ -226,7 +228,7 @@ def estimate(config: UniLIPConfig, counts: Mapping[str, int], call: CallShape) -
         plan=plan + _loop_bytes(spec),
         language=language,
         sampling=2 * spec.rows * spec.tokens * config.dit.hidden_size * call.dtype.itemsize,
-        decode=decode_activations(config.decoder, shape),
+        decode=decode_activations(config.decoder, shape, call.device),
     )
 
 
@@ -242,6 +244,7 @@ def folder_estimate(
     solver: str | None = None,
     prompt_tokens: int = PROMPT_TOKENS,
     edit: bool = False,
+    step_cache: StepCache | None = None,
     dtype: torch.dtype = torch.float32,
     tier: str = "faithful",
     device: str | torch.device = "cpu",
@@ -257,6 +260,7 @@ def folder_estimate(
         num_inference_steps, guidance_scale, solver: the model's own when not given.
         prompt_tokens: of the longest prompt, its template included (about 15 tokens).
         edit: the call is `edit`, with a picture for each prompt.
+        step_cache: how steps are skipped, if they are.
         dtype: of the weights; the decoder is float32 always.
         tier: of sampling.
         device: where the model will run.
@@ -270,6 +274,7 @@ def folder_estimate(
     return estimate(config, counts, _call(
         config, defaults, images=num_images, prompts=num_prompts, height=height, width=width,
         steps=num_inference_steps, scale=guidance_scale, solver=solver, edit=edit,
+        step_cache=step_cache,
         prompt_tokens=prompt_tokens, dtype=dtype, tier=tier, device=torch.device(device),
     ))  # fmt: skip
 
@@ -286,6 +291,7 @@ def pipeline_estimate(
     solver: str | None = None,
     prompt_tokens: int = PROMPT_TOKENS,
     edit: bool = False,
+    step_cache: StepCache | None = None,
     tier: str | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory of a call of a pipeline, with its dtype, device and defaults.
@@ -299,6 +305,7 @@ def pipeline_estimate(
     return estimate(config, parameter_counts(pipeline.model), _call(
         config, pipeline.defaults, images=num_images, prompts=num_prompts, height=height,
         width=width, steps=num_inference_steps, scale=guidance_scale, solver=solver, edit=edit,
+        step_cache=step_cache,
         prompt_tokens=prompt_tokens, dtype=pipeline.dtype, tier=tier or pipeline.tier,
         device=pipeline.device,
     ))  # fmt: skip
@@ -345,6 +352,12 @@ def _call(
         guided=scale != 1.0,
         **others,
     )
+
+
+@lru_cache(maxsize=1)
+def _without_memory(config: SanaConfig) -> SanaTransformer:
+    with torch.device("meta"):
+        return SanaTransformer(config)
 
 
 def _loop_bytes(spec: PlanSpec) -> int:

@@ -16,7 +16,12 @@ from torch.nn import functional as F
 from clipflow.acceleration.replace import accelerate
 from clipflow.errors import AccelerationError, InputError, ShapeError
 from clipflow.models.unilip.config import DecoderConfig
-from clipflow.models.unilip.decoder_memory import DECODE_BUDGET, choose_parts, decode_bytes
+from clipflow.models.unilip.decoder_memory import (
+    DECODE_BUDGET,
+    WORK_BYTES,
+    choose_parts,
+    decode_bytes,
+)
 from clipflow.models.unilip.decoder_tiling import decode_tiled
 from clipflow.sampling.memory import available_bytes, require_bytes
 
@@ -123,7 +128,9 @@ class PixelDecoder(nn.Module):
         needed = decode_bytes(self.config, h, w, min(rows, B), tile_size=tile_size, dtype=dtype)
         height, width = h * self.config.upscale, w * self.config.upscale
         drawn = max(0, B - rows) * 3 * height * width * dtype.itemsize
-        require_bytes(needed + drawn, device, f"drawing {B} pictures of {height} x {width} pixels")
+        # Work space is a bound for large models; for it alone nothing is refused.
+        needed += drawn - WORK_BYTES
+        require_bytes(needed, device, f"drawing {B} pictures of {height} x {width} pixels")
         return rows, tile_size
 
     def _draw_tiled(self, tile_size: int, latents: Tensor) -> Tensor:
