@@ -12,6 +12,8 @@ _EXPORTS = {
     "Acceleration": "clipflow.acceleration",
     "AccelerationError": "clipflow.errors",
     "CLIPFlowPipeline": "clipflow.pipelines",
+    "FirstBlockCache": "clipflow.sampling",
+    "TaylorForecast": "clipflow.sampling",
     "accelerate": "clipflow.acceleration",
     "BackendUnavailable": "clipflow.errors",
     "ShapeError": "clipflow.errors",

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, LuminaPipeline
 
 import clipflow
 from tests import tiny_diffusers as tiny
@@ -123,13 +124,48 @@ def test_gradients(name, mode):
     assert (grads[0] - grads[1]).norm() <= error * grads[0].norm()
 
 
-@one_of_each
-def test_compiled(name):
-    _, fused, call = both(name)
-    compiled = torch.compile(fused, backend="eager", fullgraph=name == "lumina-next")
+def test_compiled_in_one_graph():
+    fused = tiny.lumina_next(num_layers=1)
+    clipflow.accelerate(fused)
+    compiled = torch.compile(fused, backend="eager", fullgraph=True)
+    assert_same(fused, compiled, tiny.lumina_next_call())
+
+
+def test_a_lumina2_block_compiled_in_one_graph():
+    """The model around its blocks asks for the lengths of captions, in stock as here."""
+    fused = tiny.lumina2(num_layers=1)
+    clipflow.accelerate(fused)
+    rope = torch.polar(torch.ones(2, 9, 6), torch.randn(2, 9, 6))
+    call = {
+        "hidden_states": torch.randn(2, 9, 48), "attention_mask": None, "image_rotary_emb": rope,
+        "temb": torch.randn(2, 48),
+    }  # fmt: skip
+    compiled = torch.compile(fused.layers[0], backend="eager", fullgraph=True)
     with torch.no_grad():
-        expected, got = fused(**call())[0], compiled(**call())[0]
+        expected, got = fused.layers[0](**call), compiled(**call)
     assert (got - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("lumina2", Lumina2Pipeline), ("lumina-next", LuminaPipeline)]
+)
+def test_inside_the_stock_pipeline(name, kind):
+    stock, fused, _ = both(name)
+    embeds = torch.randn(2, 1, 9, 12)
+    masks = [tiny.token_mask(length, tokens=9) for length in (2, 6)]
+    images = []
+    for model in (stock, fused):
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        nothing = {"vae": None, "text_encoder": None, "tokenizer": None}
+        pipe = kind(transformer=model, scheduler=scheduler, **nothing)
+        pipe.set_progress_bar_config(disable=True)
+        images += pipe(
+            prompt=None, negative_prompt=None, num_inference_steps=3, height=64, width=96,
+            prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], output_type="latent",
+            prompt_attention_mask=masks[0], negative_prompt_attention_mask=masks[1],
+            generator=torch.Generator().manual_seed(3), guidance_scale=4.0, return_dict=False,
+        )  # fmt: skip
+    assert (images[1] - images[0]).norm() <= 1e-5 * images[0].norm()
 
 
 LATER = {

@@ -10,8 +10,10 @@ from PIL import Image
 from test_image_io import write_bad_files
 from tiny_pipeline import tiny_pipeline
 
+from clipflow import FirstBlockCache, TaylorForecast
 from clipflow.cli import main
 from clipflow.cli.pictures import draw_grid
+from clipflow.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,45 @@ def test_eval_prints_a_table_and_writes_json(model, place, capsys):
     assert json.loads((place / "scores.json").read_text())["generation"]["position"]["count"] == 1
 
 
+def test_eval_fidelity(model, place, capsys):
+    options = ["--prompts-per-tag", "1", "--steps", "6", "--step-cache", "taylor:2"]
+    assert main(["eval", "fidelity", *options, "--json", "near.json", "--model", model]) == 0
+    assert "psnr" in capsys.readouterr().out
+    found = json.loads((place / "near.json").read_text())
+    assert found["skipped_steps"] == 1 and found["psnr"] > 20
+
+
+@pytest.mark.parametrize(
+    ("text", "cache"),
+    [
+        ("first-block", FirstBlockCache()),
+        ("first-block:0.25", FirstBlockCache(threshold=0.25)),
+        ("taylor", TaylorForecast()),
+        ("taylor:4", TaylorForecast(interval=4)),
+    ],
+)
+@pytest.mark.parametrize("command", ["generate", "edit", "eval"])
+def test_tier_and_step_cache_reach_the_pipeline(
+    command, text, cache, model, place, picture, monkeypatch
+):
+    calls = []
+
+    def call(pipe, *_, tier, step_cache, **others):
+        calls.append((tier, step_cache))
+        raise InputError("enough")
+
+    monkeypatch.setattr("clipflow.pipelines.CLIPFlowPipeline.__call__", call)
+    monkeypatch.setattr("clipflow.pipelines.CLIPFlowPipeline.edit", call)
+    arguments = {
+        "generate": ["a star", "-o", "out.png"],
+        "edit": [picture, "remove the star", "-o", "out.png"],
+        "eval": ["scenes"],
+    }[command]
+    options = ["--tier", "fast", "--step-cache", text, "--model", model]
+    assert main([command, *arguments, *options]) == 2
+    assert calls == [("fast", cache)]
+
+
 def test_train_hands_its_options_on(place, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr("clipflow.training.run.train", lambda *a, **k: calls.append((a, k)))
@@ -209,12 +250,18 @@ BAD_COMMANDS = {
     "steps no number": ([*GENERATE, "--steps", "many"], "got 'many'"),
     "negative guidance": ([*GENERATE, "--guidance", "-1"], "at least 0, got '-1'"),
     "guidance nan": ([*GENERATE, "--guidance", "nan"], "got 'nan'"),
+    "unknown tier": ([*GENERATE, "--tier", "quick"], "quick"),
+    "unknown cache": ([*GENERATE, "--step-cache", "lru"], "first-block[:THRESHOLD] or taylor"),
+    "threshold 0": ([*GENERATE, "--step-cache", "first-block:0"], "a number above 0, got '0'"),
+    "interval 1": ([*GENERATE, "--step-cache", "taylor:1"], "from 2 to 1000, got '1'"),
+    "no interval": ([*GENERATE, "--step-cache", "taylor:"], "from 2 to 1000, got ''"),
     "no pictures": ([*GENERATE, "--num-images", "0"], "--num-images"),
     "negative seed": ([*GENERATE, "--seed", "-1"], "--seed"),
     "unknown solver": ([*GENERATE, "--solver", "ddim"], "ddim"),
     "unknown dtype": ([*GENERATE, "--dtype", "int8"], "int8"),
     "unknown device": ([*GENERATE, "--device", "abacus"], "got 'abacus'"),
     "missing gpu": ([*GENERATE, "--device", "cuda:77"], "GPUs here"),
+    "offload on the CPU": ([*GENERATE, "--device", "cpu", "--offload", "always"], "other than"),
     "unknown model": ([*GENERATE, "--model", "no-such"], "'no-such' is unknown"),
     "model is a file": ([*GENERATE, "--model", "PICTURE"], "got a file"),
     "unknown suffix": (["generate", "a star", "-o", "out.xyz"], "must end in .png"),

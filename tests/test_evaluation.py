@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from clipflow.errors import InputError
+from clipflow.evaluation.fidelity import fidelity, fidelity_prompts
 from clipflow.evaluation.scenes import MAX_PSNR, PARTS, evaluate
 from clipflow.evaluation.table import format_table
 from clipflow.pipelines.quality import psnr, ssim
+from clipflow.sampling import TaylorForecast
 from clipflow.scenes import (
     EDIT_KINDS,
     QUESTION_KINDS,
@@ -55,17 +57,25 @@ class Perfect:
             )
         }
         self.calls: list[int] = []
+        self.options: list[tuple] = []
 
-    def __call__(self, prompt, *, num_inference_steps, guidance_scale, generator):
+    def __call__(
+        self, prompt, *, num_inference_steps, guidance_scale, generator, tier=None, step_cache=None
+    ):
         assert num_inference_steps == 7 and guidance_scale == 2.0
         assert len(generator) == len(prompt)
+        self.options.append((tier, step_cache))
         self.calls.append(len(prompt))
         rng = np.random.default_rng(0)
-        return output([draw_scene(rng, self.prompts[text], training=False) for text in prompt])
+        made = output([draw_scene(rng, self.prompts[text], training=False) for text in prompt])
+        made.skipped_steps = () if step_cache is None else ((1, 2),) * len(prompt)
+        return made
 
-    def edit(self, image, prompt, *, num_inference_steps, guidance_scale, generator):
+    def edit(self, image, prompt, *, num_inference_steps, guidance_scale, generator, **fast):
         pairs = zip(image, prompt, strict=True)
-        return output([self.edits[(*read(picture), text)] for picture, text in pairs])
+        made = output([self.edits[(*read(picture), text)] for picture, text in pairs])
+        made.skipped_steps = () if fast["step_cache"] is None else ((1,),) * len(prompt)
+        return made
 
     def ask(self, image, question):
         pairs = zip(image, question, strict=True)
@@ -139,6 +149,41 @@ def test_table_has_a_row_for_each_score():
     assert "steps 7" in text and max(map(len, text.splitlines())) <= 100
     partial = format_table(scores_of(Perfect(), parts=["questions"]))
     assert "generation" not in partial and "describe" in partial
+
+
+def test_tier_and_step_cache_reach_the_pipeline():
+    pipe, cache = Perfect(), TaylorForecast(interval=3)
+    options = {"tier": "fast", "step_cache": cache, "parts": ["generation", "edits"]}
+    result = scores_of(pipe, **options)
+    assert set(pipe.options) == {("fast", cache)}
+    pictures = COUNT * len(TAGS), COUNT * len(EDIT_KINDS)
+    mean = (2 * pictures[0] + pictures[1]) / sum(pictures)
+    assert result["skipped_steps"] == pytest.approx(mean)
+    assert result["settings"]["tier"] == "fast"
+    assert "TaylorForecast(interval=3" in result["settings"]["step_cache"]
+    assert f"steps skipped in a picture: {mean:.2f}" in format_table(result)
+    assert "skipped_steps" not in scores_of(Perfect(), parts=["generation"])
+
+
+def test_fidelity_compares_with_faithful_pictures():
+    pipe = Perfect()
+    texts = fidelity_prompts(1, SEED)
+    assert len(texts) == len(TAGS) and texts[0] in pipe.prompts
+
+    def drawn(prompt, *, tier, generator, step_cache=None, **_):
+        level = 100 + 10 * (tier == "fast")
+        images = [Image.new("RGB", (8, 8), (level,) * 3) for _ in prompt]
+        skipped = () if step_cache is None else ((1, 2),) * len(prompt)
+        return SimpleNamespace(images=images, skipped_steps=skipped)
+
+    far = fidelity(drawn, texts, tier="fast", batch_size=3, progress=False)
+    assert far["psnr"] == far["lowest_psnr"] == pytest.approx(20 * np.log10(25.5))
+    assert far["mean_absolute_difference"] == pytest.approx(10 / 255)
+    assert far["skipped_steps"] == 0 and far["count"] == len(TAGS)
+    same = fidelity(drawn, texts, step_cache=TaylorForecast(), progress=False)
+    assert same["psnr"] == MAX_PSNR and same["skipped_steps"] == 2
+    with pytest.raises(InputError, match="there must be a prompt"):
+        fidelity(drawn, [])
 
 
 def test_bad_arguments_are_refused():

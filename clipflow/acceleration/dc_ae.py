@@ -7,7 +7,9 @@ Residual blocks with batch normalization, as in the checkpoints trained on Image
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
+import torch
 from diffusers.models.attention_processor import (
     SanaMultiscaleAttnProcessor2_0,
     SanaMultiscaleLinearAttention,
@@ -19,6 +21,7 @@ from torch import nn
 
 from clipflow.acceleration import checks, dc_ae_blocks
 from clipflow.acceleration.replace import Recipe, Replacement
+from clipflow.acceleration.specimens import randomized
 
 _OPS = {
     stock.ResBlock: (dc_ae_blocks.res_block, "conv3x3, adaln_norm"),
@@ -65,6 +68,36 @@ def _served(name: str, part: nn.Module) -> bool:
     return True
 
 
-AUTOENCODER = Recipe(kind=stock.AutoencoderDC, replacements=replacements)
-DECODER = Recipe(kind=stock.Decoder, replacements=replacements)
-ENCODER = Recipe(kind=stock.Encoder, replacements=replacements)
+_SIZES = {
+    "block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+    "block_out_channels": (8, 16, 32),
+    "layers_per_block": (1, 1, 1),
+    "qkv_multiscales": ((), (), (3,)),
+}
+
+
+def specimen() -> tuple[stock.AutoencoderDC, dict[str, object]]:
+    """A tiny model of every block, both ways of changing the side, and a call of it."""
+    sides = ("encoder", "decoder")
+    model = stock.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=8,
+        upsample_block_type="interpolate",
+        **{f"{side}_{name}": size for side in sides for name, size in _SIZES.items()},
+    )
+    return randomized(model), {"sample": torch.randn(1, 3, 24, 32), "return_dict": False}
+
+
+def specimen_of(part: str) -> tuple[nn.Module, dict[str, object]]:
+    """The "encoder" or "decoder" of `specimen`, and a call of it."""
+    shape = (1, 3, 24, 32) if part == "encoder" else (1, 4, 6, 8)
+    return getattr(specimen()[0], part), {"hidden_states": torch.randn(shape)}
+
+
+AUTOENCODER = Recipe(kind=stock.AutoencoderDC, replacements=replacements, specimen=specimen)
+DECODER = Recipe(
+    kind=stock.Decoder, replacements=replacements, specimen=partial(specimen_of, "decoder")
+)
+ENCODER = Recipe(
+    kind=stock.Encoder, replacements=replacements, specimen=partial(specimen_of, "encoder")
+)

@@ -156,7 +156,9 @@ def decoder(module: nn.Module, hidden_states: Tensor) -> Tensor:
     """`Decoder`: latents [B, C, h, w] to pictures [B, 3, H, W], contiguous."""
     x = enter(module, hidden_states)
     for stage in reversed(module.up_blocks):
-        x = stage(x)
+        # One by one, so that the input of a stage is freed before its end.
+        for block in stage if checks.plain(nn.Sequential, stage) else [stage]:
+            x = block(x)
     return leave(module, x).contiguous()
 
 

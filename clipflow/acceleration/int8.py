@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from clipflow import ops
 from clipflow.acceleration import checks
 from clipflow.acceleration.replace import Replacement
+from clipflow.sampling.weights import WeightsWatch
 
 
 class Int8:
@@ -27,36 +28,42 @@ class Int8:
     def __init__(self, source: nn.Parameter) -> None:
         self.weight = ops.quantize_weight(source.detach().flatten(1))
         self.source = source
-        self._version = _version(source)
+        self._watch()
+
+    def _watch(self) -> None:
+        source = self.source
+        self._weights = WeightsWatch(lambda: (source,))
+        self._state = self._weights.state()
+
+    def is_fresh(self) -> bool:
+        """Whether the source is as it was when it was quantized."""
+        return self._weights.state() is self._state
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_version": self._version == _version(self.source)}
+        return {"weight": self.weight, "source": self.source, "fresh": self.is_fresh()}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        # A copied or loaded weight counts its changes anew.
-        self.__dict__.update(state)
-        self._version = _version(self.source) if state["_version"] else "stale"
+        self.weight, self.source = state["weight"], state["source"]
+        self._watch()
+        if not state["fresh"]:
+            self._state = None
 
     def product(self, layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
         """The layer applied to `x` [..., K]; in float where int8 would not do.
 
-        That is: on another device, where a gradient is needed, in autocast, and once the weight has
-        changed.
+        That is: on another device, where a gradient is needed, in autocast, and once the weight was
+        written or moved, by a cast for example.
         """
         source, bias = layer.weight, layer.bias
         if (
             source is self.source
-            and (torch.compiler.is_compiling() or self._version == _version(source))
+            and (torch.compiler.is_compiling() or self.is_fresh())
             and x.device == self.weight.scales.device
             and not torch.is_autocast_enabled(x.device.type)
             and not (torch.is_grad_enabled() and (x.requires_grad or source.requires_grad))
         ):
             return ops.quantized_linear(x, self.weight, bias)
         return F.linear(x, source.flatten(1), bias)
-
-
-def _version(weight: Tensor) -> int | None:
-    return None if weight.is_inference() else weight._version
 
 
 def linear(self: nn.Linear, input: Tensor, *, int8: Int8) -> Tensor:

@@ -205,7 +205,7 @@ def accelerate(module: nn.Module, tier: str = "faithful") -> Acceleration:
             "fast": also runs the linear layers of all blocks in int8, on the CPU and where no
             gradient is needed (under `torch.no_grad()`); all around the blocks stays in float. The
             int8 weights take a quarter of the memory of float32 ones, beside these. A layer whose
-            weight changes later runs in float.
+            weight is changed or cast later runs in float.
 
     Returns:
         What was replaced, with `undo()`.

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
     import torch
 
     from clipflow.pipelines import CLIPFlowPipeline
+    from clipflow.sampling import StepCache
 
 DTYPES = ("float32", "bfloat16", "float16")
 SOLVERS = ("dpmpp_2m", "euler", "heun")
+TIERS = ("faithful", "fast")
+OFFLOAD_MODES = ("auto", "never", "always")
 
 
 class UsageError(ValueError):
@@ -47,7 +50,7 @@ def add_command(
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --device, --dtype, --download."""
+    """--model, --device, --dtype, --offload, --download."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", default="scenes", metavar="NAME", help="scenes (default), or a model folder"
@@ -57,12 +60,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--dtype", default="float32", choices=DTYPES, help="default: float32")
     group.add_argument(
+        "--offload",
+        default="auto",
+        choices=OFFLOAD_MODES,
+        help="keep what does not draw on the CPU while it does not run (default: if need be)",
+    )
+    group.add_argument(
         "--download", action="store_true", help="let --model name a model on the Hugging Face hub"
     )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """--steps, --guidance, --solver, --seed, --num-images."""
+    """--steps, --guidance, --solver, --seed, --num-images, --tier, --step-cache."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--steps", type=steps, help="solver steps (default: the model's, 20)")
     group.add_argument(
@@ -75,6 +84,47 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num-images", type=at_least_one, default=1, metavar="N", help="pictures of each text"
     )
+    add_speed_options(group)
+
+
+def add_speed_options(parser: argparse._ActionsContainer) -> None:
+    """--tier, --step-cache."""
+    parser.add_argument("--tier", choices=TIERS, help="fast computes in 8 bits (default: faithful)")
+    parser.add_argument(
+        "--step-cache",
+        type=step_cache,
+        metavar="CACHE",
+        help="skip steps: first-block[:THRESHOLD] or taylor[:INTERVAL] (default: none)",
+    )
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_sampling_options` read, as arguments of the pipeline's calls."""
+    return {
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance,
+        "solver": args.solver,
+        **speed_options(args),
+    }
+
+
+def speed_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_speed_options` read, as arguments of the pipeline's calls."""
+    return {"tier": args.tier, "step_cache": args.step_cache and args.step_cache.build()}
+
+
+class StepCacheChoice(NamedTuple):
+    """A step cache by name; None takes its default."""
+
+    name: str
+    value: float | int | None
+
+    def build(self) -> StepCache:
+        """The configuration that is meant."""
+        from clipflow.sampling import FirstBlockCache, TaylorForecast  # slow
+
+        kind = FirstBlockCache if self.name == "first-block" else TaylorForecast
+        return kind() if self.value is None else kind(self.value)
 
 
 def load_pipeline(args: argparse.Namespace) -> CLIPFlowPipeline:
@@ -87,7 +137,9 @@ def load_pipeline(args: argparse.Namespace) -> CLIPFlowPipeline:
     folder = model_folders.find_model(args.model, local_files_only=not args.download)
     from clipflow.pipelines import CLIPFlowPipeline  # slow, so after all that may be refused
 
-    pipe = CLIPFlowPipeline.from_pretrained(folder, device=device, dtype=getattr(torch, args.dtype))
+    pipe = CLIPFlowPipeline.from_pretrained(
+        folder, device=device, dtype=getattr(torch, args.dtype), offload=args.offload
+    )
     pipe.set_progress_bar_config(disable=None)  # shown on a terminal, not in a log
     return pipe
 
@@ -144,6 +196,20 @@ def guidance(value: str) -> float:
 def positive(value: str) -> float:
     """A number above 0."""
     return _number(value, "a number above 0", lambda number: number > 0)
+
+
+def step_cache(value: str) -> StepCacheChoice:
+    """first-block[:THRESHOLD] or taylor[:INTERVAL]."""
+    name, colon, number = value.partition(":")
+    if name not in ("first-block", "taylor"):
+        raise argparse.ArgumentTypeError(
+            f"must be first-block[:THRESHOLD] or taylor[:INTERVAL], got {value!r}"
+        )
+    if not colon:
+        return StepCacheChoice(name, None)
+    return StepCacheChoice(
+        name, positive(number) if name == "first-block" else _whole(number, 2, 1000)
+    )
 
 
 def _number(value: str, wanted: str, accepts) -> float:

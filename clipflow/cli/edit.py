@@ -9,6 +9,7 @@ from clipflow.cli.arguments import (
     add_model_options,
     add_sampling_options,
     load_pipeline,
+    sampling_options,
     text,
 )
 
@@ -44,9 +45,7 @@ def run(args: argparse.Namespace) -> int:
         image,
         args.instruction,
         num_images_per_prompt=args.num_images,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance,
-        solver=args.solver,
+        **sampling_options(args),
         generator=dice,
     ).images
     for path in outputs.write(images, captions):

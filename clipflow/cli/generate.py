@@ -10,6 +10,7 @@ from clipflow.cli.arguments import (
     add_sampling_options,
     at_least_one,
     load_pipeline,
+    sampling_options,
     text,
 )
 
@@ -48,9 +49,7 @@ def run(args: argparse.Namespace) -> int:
         images += pipe(
             prompts[batch],
             negative_prompt=args.negative,
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
-            solver=args.solver,
+            **sampling_options(args),
             generator=dice[batch],
         ).images
     written = list(outputs.write(images, prompts))

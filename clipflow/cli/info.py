@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # These stay float32 in every dtype.
 ALWAYS_WIDE = ("clip_down", "decoder")
+# Numbers of `MemoryEstimate` -> what they are called here.
+MEMORY = {"peak": "all", "peak_with_offload": "device, offloaded"}
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -33,18 +35,15 @@ def run(args: argparse.Namespace) -> int:
     from clipflow.pipelines.model_folders import find_model
 
     folder = find_model(args.model)
-    from clipflow.pipelines.loading import read_unilip_folder  # slow; the name is right by now
+    from clipflow.pipelines.loading import read_unilip_sizes  # slow; the name is right by now
 
-    facts = collect(folder, read_unilip_folder(folder))
+    facts = collect(folder, *read_unilip_sizes(folder))
     print(json.dumps(facts, indent=2) if args.json else format_facts(facts))
     return 0
 
 
-def collect(folder: Path, config: UniLIPConfig) -> dict[str, object]:
-    """Architecture, parameters by part and bytes by dtype."""
-    from clipflow.models.unilip.sizes import parameter_counts
-
-    counts = parameter_counts(config)
+def collect(folder: Path, config: UniLIPConfig, counts: dict[str, int]) -> dict[str, object]:
+    """Architecture, parameters by part, bytes by dtype, and memory for one picture."""
     wide = sum(counts[part] for part in ALWAYS_WIDE)
     rest = sum(counts.values()) - wide
     return {
@@ -54,6 +53,7 @@ def collect(folder: Path, config: UniLIPConfig) -> dict[str, object]:
         "total": sum(counts.values()),
         "weight_bytes": {name: rest * size + wide * 4 for name, size in BYTES.items()},
         "file_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "memory": {tier: _memory(folder, tier) for tier in ("faithful", "fast")},
     }
 
 
@@ -67,7 +67,24 @@ def format_facts(facts: dict) -> str:
         f"  {name:<16}{size / 2**20:>11,.1f} MiB" for name, size in facts["weight_bytes"].items()
     ]
     lines += [f"  {'files':<16}{facts['file_bytes'] / 2**20:>11,.1f} MiB"]
+    lines += ["", "memory for one picture" + "".join(f"{shown:>18}" for shown in MEMORY.values())]
+    for tier, dtypes in facts["memory"].items():
+        for name, sizes in dtypes.items():
+            numbers = "".join(f"{sizes[key] / 2**20:>14,.1f} MiB" for key in MEMORY)
+            lines.append(f"  {f'{tier}, {name}':<20}{numbers}")
     return "\n".join(lines)
+
+
+def _memory(folder: Path, tier: str) -> dict[str, dict[str, object]]:
+    """Estimates by dtype."""
+    import torch
+
+    from clipflow.pipelines.memory_estimate import folder_estimate
+
+    return {
+        name: folder_estimate(folder, tier=tier, dtype=getattr(torch, name)).as_dict()
+        for name in BYTES
+    }
 
 
 def _architecture(config: UniLIPConfig) -> dict[str, str]:

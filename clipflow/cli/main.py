@@ -85,9 +85,9 @@ def _is_the_users(error: Exception) -> bool:
     """Whether the input is at fault; all other errors are ours, and keep their traceback."""
     if isinstance(error, UsageError) or str(error).startswith("CLIPFLOW_BACKEND"):
         return True
-    from clipflow.errors import BackendUnavailable, InputError  # they import torch
+    from clipflow.errors import BackendUnavailable, InputError, NotEnoughMemory  # import torch
 
-    return isinstance(error, (InputError, BackendUnavailable))
+    return isinstance(error, (InputError, BackendUnavailable, NotEnoughMemory))
 
 
 def _complain(message: str, code: int) -> int:

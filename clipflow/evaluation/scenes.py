@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from clipflow.errors import InputError
 from clipflow.pipelines.quality import psnr, ssim
+from clipflow.sampling import StepCache
 from clipflow.scenes import (
     EDIT_KINDS,
     QUESTION_KINDS,
@@ -67,6 +68,8 @@ def evaluate(
     prompts_per_tag: int = 100,
     steps: int = 20,
     guidance_scale: float | None = None,
+    tier: str | None = None,
+    step_cache: StepCache | None = None,
     seed: int = 0,
     batch_size: int = 50,
     parts: Sequence[str] = PARTS,
@@ -80,13 +83,16 @@ def evaluate(
             as many pictures are classified and reconstructed.
         steps: solver steps of generation and editing.
         guidance_scale: of generation and editing; the model's default if None.
+        tier: of generation and editing; the pipeline's own if None.
+        step_cache: of generation and editing.
         seed: draws prompts, pictures, questions and the noise that sampling starts from.
         batch_size: items in one call; it changes the speed, not what is asked.
         parts: which of `PARTS` to score.
         progress: show a bar.
 
     Returns:
-        {"settings": {...}, "seconds": float, and for each part its scores}. A score is
+        {"settings": {...}, "seconds": float, and for each part its scores}; with a step cache also
+        "skipped_steps", the mean number of them in a picture. A score is
         {"score": share that is right, "count": items, "seen": {...}, "unseen": {...}}; the last
         two, where they are given, count the items without and with a held-out pair of looks.
 
@@ -104,12 +110,20 @@ def evaluate(
     if unknown or not parts:
         raise InputError(f"evaluate: parts must be some of {', '.join(PARTS)}, got {list(parts)}")
     begin = time.monotonic()
-    run = _Run(pipe, prompts_per_tag, steps, guidance_scale, seed, batch_size, progress)
+    options = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "tier": tier,
+        "step_cache": step_cache,
+    }
+    run = _Run(pipe, prompts_per_tag, options, seed, batch_size, progress)
     result: dict[str, Any] = {
         "settings": {
             "prompts_per_tag": prompts_per_tag,
             "steps": steps,
             "guidance_scale": guidance_scale,
+            "tier": tier,
+            "step_cache": None if step_cache is None else str(step_cache),
             "seed": seed,
         }
     }
@@ -123,6 +137,8 @@ def evaluate(
     for part in PARTS:
         if part in parts:
             result[part] = scorers[part](run)
+    if run.skipped:
+        result["skipped_steps"] = float(np.mean(run.skipped))
     return result | {"seconds": round(time.monotonic() - begin, 1)}
 
 
@@ -133,15 +149,14 @@ class _Run:
         self,
         pipe: Pipeline,
         count: int,
-        steps: int,
-        guidance_scale: float | None,
+        options: dict[str, Any],
         seed: int,
         batch_size: int,
         progress: bool,
     ) -> None:
         self.pipe, self.count, self.seed = pipe, count, seed
-        self._steps, self._guidance_scale = steps, guidance_scale
-        self._batch_size, self._progress = batch_size, progress
+        self._options, self._batch_size, self._progress = options, batch_size, progress
+        self.skipped: list[int] = []  # steps, of each picture that was sampled with a step cache
 
     def rng(self, part: str) -> np.random.Generator:
         return np.random.default_rng([self.seed, PARTS.index(part), 1])
@@ -157,10 +172,15 @@ class _Run:
         """Options of a generation call: a generator for each item, whatever its batch."""
         items = range(batch.start, batch.stop)
         return {
-            "num_inference_steps": self._steps,
-            "guidance_scale": self._guidance_scale,
+            **self._options,
             "generator": [torch.Generator().manual_seed(self.seed * 1_000_003 + i) for i in items],
         }
+
+    def pictures(self, output: Any) -> list[Image.Image]:
+        """The pictures of a generation call."""
+        if self._options["step_cache"] is not None:
+            self.skipped += map(len, output.skipped_steps)
+        return output.images
 
 
 def _draw(scenes: Sequence[Scene], rng: np.random.Generator) -> list[Image.Image]:
@@ -208,7 +228,7 @@ def _generation(run: _Run) -> Score:
     right: list[bool] = []
     for batch in run.batches("generation", len(prompts)):
         part = prompts[batch]
-        pictures = run.pipe([p.text for p in part], **run.sampling(batch)).images
+        pictures = run.pictures(run.pipe([p.text for p in part], **run.sampling(batch)))
         right += [check_prompt(p, _read(x)) for p, x in zip(part, pictures, strict=True)]
     scores = _grouped(right, [p.seen for p in prompts], [p.tag for p in prompts], TAGS)
     forms: dict[str, list[bool]] = {}
@@ -226,7 +246,8 @@ def _edits(run: _Run) -> Score:
     for batch in run.batches("edits", len(edits)):
         part = edits[batch]
         instructions = [e.instruction for e in part]
-        pictures = run.pipe.edit(before[batch], instructions, **run.sampling(batch)).images
+        output = run.pipe.edit(before[batch], instructions, **run.sampling(batch))
+        pictures = run.pictures(output)
         right += [check_edit(e, _read(x)) for e, x in zip(part, pictures, strict=True)]
     return _grouped(right, [e.seen for e in edits], [e.kind for e in edits], EDIT_KINDS)
 

@@ -43,6 +43,8 @@ def format_table(result: dict[str, Any]) -> str:
         rows.append(_row("reconstruction", "read back", own["read_back"]))
     lines = [_line(row) for row in rows]
     settings = ", ".join(f"{name} {value}" for name, value in result["settings"].items())
+    if "skipped_steps" in result:
+        lines.append(f"steps skipped in a picture: {result['skipped_steps']:.2f}")
     return "\n".join([*lines, f"{settings}; {result['seconds']} s"])
 
 

@@ -18,6 +18,7 @@ the Accuracy of Winograd Convolution for Deep Neural Networks" (2020), on the ch
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -86,15 +87,21 @@ _transformed = WeakTensorKeyDictionary()
 
 
 def _factors(weight: Tensor, rows: tuple[tuple[float, ...], ...]) -> Tensor:
-    """G g G^T as [len(rows)**2, C, K], kept until `weight` is written to or freed."""
-    state = (weight.data_ptr(), None if weight.is_inference() else weight._version, rows)
+    """G g G^T as [len(rows)**2, C, K], kept until `weight` is written to, moved or freed.
+
+    Writes that PyTorch does not count (`weight.data.copy_(...)`) are not seen.
+    """
+    storage = weight.untyped_storage()
+    version = 0 if weight.is_inference() else weight._version
     kept = _transformed.get(weight)
-    if kept is None or kept[0] != state:
-        g = torch.tensor(rows, dtype=torch.float64)
-        wide = torch.einsum("ir,kcrs,js->ijck", g, weight.detach().double(), g)
-        kept = (state, wide.float().flatten(0, 1).contiguous())
-        _transformed[weight] = kept
-    return kept[1]
+    if kept is not None and kept[:2] == (version, rows) and kept[2].cdata == storage._cdata:
+        return kept[3]
+    g = torch.tensor(rows, dtype=torch.float64)
+    wide = torch.einsum("ir,kcrs,js->ijck", g, weight.detach().double(), g)
+    factors = wide.float().flatten(0, 1).contiguous()
+    # While a weak reference is held, no other storage gets its address.
+    _transformed[weight] = (version, rows, StorageWeakRef(storage), factors)
+    return factors
 
 
 def _bands(image, weight, bias, silu, products, *, step, scale) -> Tensor:

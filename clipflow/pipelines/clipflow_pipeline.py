@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from clipflow.pipelines.arguments import broadcast, listed, paired, positive
 from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.image_processor import postprocess
 from clipflow.pipelines.language import LanguageCalls
+from clipflow.pipelines.offload import DECODER
 from clipflow.pipelines.options import (
     Generators,
     SamplingOptions,
@@ -23,6 +25,7 @@ from clipflow.pipelines.options import (
 )
 from clipflow.pipelines.output import CLIPFlowPipelineOutput, Pictures, in_order
 from clipflow.pipelines.prompts import check_text
+from clipflow.sampling import StepCache
 from clipflow.sampling.plan import StepCallback
 
 
@@ -53,6 +56,7 @@ class CLIPFlowPipeline(LanguageCalls):
         callback_on_step_end: StepEndCallback | None = None,
         batch_invariant: bool = False,
         tier: str | None = None,
+        step_cache: StepCache | None = None,
     ) -> CLIPFlowPipelineOutput | tuple[Pictures]:
         """Draw pictures.
 
@@ -79,6 +83,8 @@ class CLIPFlowPipeline(LanguageCalls):
             batch_invariant: sample each picture by itself, so that it has the very same bits alone
                 and in any batch.
             tier: "faithful" or "fast"; the pipeline's own when not given.
+            step_cache: a `FirstBlockCache` or `TaylorForecast`, to skip steps at some loss; the
+                steps skipped are in the output. Pictures sampled together are skipped together.
 
         Raises:
             InputError: an empty prompt, or an option that cannot be.
@@ -102,10 +108,12 @@ class CLIPFlowPipeline(LanguageCalls):
             callback=callback_on_step_end,
             batch_invariant=batch_invariant,
             tier=tier,
+            step_cache=step_cache,
         )
         texts = [*prompts, *(negatives if options.guided else [])]
         conditions = self.conditions.text_to_image(texts, one_by_one=batch_invariant)
-        return self._output(self._generate(conditions, options), return_dict)
+        pictures, skipped = self._generate(conditions, options)
+        return self._output(pictures, return_dict, skipped)
 
     @torch.no_grad()
     def edit(
@@ -128,6 +136,7 @@ class CLIPFlowPipeline(LanguageCalls):
         callback_on_step_end: StepEndCallback | None = None,
         batch_invariant: bool = False,
         tier: str | None = None,
+        step_cache: StepCache | None = None,
     ) -> CLIPFlowPipelineOutput | tuple[Pictures]:
         """Redraw pictures as told.
 
@@ -160,12 +169,14 @@ class CLIPFlowPipeline(LanguageCalls):
             callback=callback_on_step_end,
             batch_invariant=batch_invariant,
             tier=tier,
+            step_cache=step_cache,
         )
         pixels = self.image_processor(images)
         texts = [*prompts, *(negatives if options.guided else [])]
         pixels = torch.cat([pixels] * (len(texts) // len(prompts)))
         conditions = self.conditions.edit(pixels, texts, one_by_one=batch_invariant)
-        return self._output(self._generate(conditions, options), return_dict)
+        pictures, skipped = self._generate(conditions, options)
+        return self._output(pictures, return_dict, skipped)
 
     @torch.no_grad()
     def reconstruct(
@@ -186,9 +197,10 @@ class CLIPFlowPipeline(LanguageCalls):
             InputError: a picture that cannot be read, an unknown output type.
         """
         check_output_type(output_type)
-        latents = self.model.clip_down(self._features(listed(image)).float())
-        scaled = latents * self.model.config.unilip_factor
-        return self._output(self._pictures(scaled, output_type), return_dict)
+        features = self._features(listed(image)).float()
+        with self.offload.running(DECODER):
+            scaled = self.model.clip_down(features) * self.model.config.unilip_factor
+            return self._output(self._pictures(scaled, output_type), return_dict)
 
     def _options(
         self,
@@ -220,8 +232,14 @@ class CLIPFlowPipeline(LanguageCalls):
             **others,
         )
 
-    def _generate(self, conditions: Sequence[Tensor], options: SamplingOptions) -> Pictures:
-        """Sample the pictures of each prompt's condition; null conditions follow, if guided."""
+    def _generate(
+        self, conditions: Sequence[Tensor], options: SamplingOptions
+    ) -> tuple[Pictures, tuple[tuple[int, ...], ...]]:
+        """Sample the pictures of each prompt's condition; null conditions follow, if guided.
+
+        Returns:
+            The pictures, and the skipped steps of each; none without a step cache.
+        """
         prompts = len(conditions) // (2 if options.guided else 1)
         each = options.images // prompts
         rows = [condition for condition in conditions for _ in range(each)]
@@ -242,11 +260,20 @@ class CLIPFlowPipeline(LanguageCalls):
                 )
                 for run in runs
             ]
-        pictures = [
-            self._pictures(latents, options.output_type, native=run.size.native)
-            for run, latents in zip(runs, sampled, strict=True)
-        ]
-        return in_order(pictures, [run.samples for run in runs])
+        skipped = {
+            sample: steps
+            for run, (_, steps) in zip(runs, sampled, strict=True)
+            for sample in run.samples
+        }
+        needs_decoder = options.output_type != "latent"
+        with self.offload.running(DECODER) if needs_decoder else nullcontext():
+            pictures = [
+                self._pictures(latents, options.output_type, native=run.size.native)
+                for run, (latents, _) in zip(runs, sampled, strict=True)
+            ]
+        return in_order(pictures, [run.samples for run in runs]), (
+            () if options.step_cache is None else tuple(skipped[k] for k in sorted(skipped))
+        )
 
     def _step_callback(self, options: SamplingOptions) -> StepCallback | None:
         if options.callback is None:
@@ -267,5 +294,7 @@ class CLIPFlowPipeline(LanguageCalls):
         return postprocess(decoded, size, output_type)
 
     @staticmethod
-    def _output(pictures: Pictures, return_dict: bool) -> CLIPFlowPipelineOutput | tuple[Pictures]:
-        return CLIPFlowPipelineOutput(images=pictures) if return_dict else (pictures,)
+    def _output(
+        pictures: Pictures, return_dict: bool, skipped: tuple[tuple[int, ...], ...] = ()
+    ) -> CLIPFlowPipelineOutput | tuple[Pictures]:
+        return CLIPFlowPipelineOutput(pictures, skipped) if return_dict else (pictures,)

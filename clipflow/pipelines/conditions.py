@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from clipflow.errors import ShapeError
 from clipflow.models.unilip import UniLIPModel
+from clipflow.pipelines.offload import LANGUAGE, Offload
 from clipflow.pipelines.prompts import Prompts
 from clipflow.sampling.weights import WeightsWatch
 
@@ -124,12 +126,17 @@ class ConditionEncoder:
     """
 
     def __init__(
-        self, model: UniLIPModel, prompts: Prompts, cache: ConditionCache | None = None
+        self,
+        model: UniLIPModel,
+        prompts: Prompts,
+        cache: ConditionCache | None = None,
+        offload: Offload | None = None,
     ) -> None:
-        """Encode for `model` what `prompts` writes; `cache` is a new one when not given."""
+        """Encode for `model` what `prompts` writes; what is not given is new."""
         self.model = model
         self.prompts = prompts
         self.cache = ConditionCache() if cache is None else cache
+        self._offload = Offload(model) if offload is None else offload
         self._watch = WeightsWatch(self._parameters)
         self._state = self._watch.state()  # stands for the weights as they are
 
@@ -208,10 +215,11 @@ class ConditionEncoder:
             else:
                 self.prompts.ids(key[0])  # warns of unknown words in every call
                 found[key] = known
-        batches = [[key] for key in missing] if one_by_one else [list(missing)]
-        for batch in batches if missing else []:
-            new = encode([missing[key] for key in batch])
-            for key, condition in zip(batch, new, strict=True):
+        if missing:
+            batches = [[key] for key in missing] if one_by_one else [list(missing)]
+            with self._offload.running(LANGUAGE):
+                new = [row for batch in batches for row in encode([missing[k] for k in batch])]
+            for key, condition in zip(missing, new, strict=True):
                 self.cache.put((*weights, one_by_one, *key), condition)
                 found[key] = condition
         return [found[key] for key in wanted]
@@ -234,10 +242,17 @@ class ConditionEncoder:
             self._state = now
         return now, autocast
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Weights that move in the `with` block, and only move, forget nothing."""
+        self._weights()
+        yield
+        self._watch.accept()
+
     def _parameters(self) -> list[Tensor]:
         parts = [getattr(self.model, name) for name in PARTS]
         lists = [[p] if isinstance(p, Tensor) else list(p.parameters()) for p in parts]
-        return [parameter for parameters in lists for parameter in parameters]
+        return self._offload.at_rest([p for parameters in lists for p in parameters])
 
 
 def _digest(picture: Tensor) -> bytes:

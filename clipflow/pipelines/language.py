@@ -10,6 +10,7 @@ from clipflow.errors import InputError
 from clipflow.models.unilip.reading import Reading
 from clipflow.pipelines.arguments import is_list, listed, paired, positive
 from clipflow.pipelines.image_io import ImageInput
+from clipflow.pipelines.offload import LANGUAGE
 from clipflow.pipelines.parts import UniLIPParts
 from clipflow.pipelines.prompts import LABEL_QUESTION, check_text
 from clipflow.pipelines.understanding import (
@@ -58,10 +59,12 @@ class LanguageCalls(UniLIPParts):
         stop = self.model.config.tokens.im_end
         if stream and len(texts) != 1:
             raise InputError(f"stream=True must have one question, got {len(texts)}")
-        tokens = greedy_tokens(self._read(images, texts, room=limit), stop, limit)
-        if stream:
-            return text_pieces(self.tokenizer, tokens, stop)
-        rows = zip(*tokens, strict=True)
+        with self.offload.running(LANGUAGE):
+            tokens = greedy_tokens(self._read(images, texts, room=limit), stop, limit)
+            if stream:
+                tokens = self.offload.while_running(LANGUAGE, tokens)
+                return text_pieces(self.tokenizer, tokens, stop)
+            rows = zip(*tokens, strict=True)
         answers = [answer_text(self.tokenizer, [t for t in row if t != stop]) for row in rows]
         return answers if is_list(image) or is_list(question) else answers[0]
 
@@ -99,7 +102,9 @@ class LanguageCalls(UniLIPParts):
         rankings = []
         for first in range(0, len(images), PICTURES_AT_ONCE):
             some = images[first : first + PICTURES_AT_ONCE]
-            scores = label_log_likelihoods(self._read(some, [text] * len(some), room=room), trees)
+            with self.offload.running(LANGUAGE):
+                reading = self._read(some, [text] * len(some), room=room)
+                scores = label_log_likelihoods(reading, trees)
             for chances in scores.softmax(-1).tolist():
                 pairs = zip(labels, chances, strict=True)
                 rankings.append(sorted(pairs, key=lambda pair: -pair[1]))

@@ -11,6 +11,7 @@ from clipflow.models.unilip import UniLIPConfig, UniLIPModel
 from clipflow.models.unilip.checkpoint import open_weights, read_config
 from clipflow.models.unilip.keys import map_names
 from clipflow.models.unilip.loading import read_unilip_config
+from clipflow.models.unilip.sizes import count_shapes
 
 
 def load_unilip(folder: Path) -> UniLIPModel:
@@ -31,12 +32,21 @@ def read_unilip_folder(folder: Path) -> UniLIPConfig:
     Raises:
         InputError: config.json or the weights are broken.
     """
+    return read_unilip_sizes(folder)[0]
+
+
+def read_unilip_sizes(folder: Path) -> tuple[UniLIPConfig, dict[str, int]]:
+    """The configuration and the parameters of each part, from the headers of the weights.
+
+    Raises:
+        InputError: config.json or the weights are broken.
+    """
     try:
         values = read_config(folder)
         with open_weights(folder) as weights:
             names = map_names(weights.shapes)
             shapes = {own: weights.shapes[found] for own, found in names.items()}
-            return read_unilip_config(values, shapes)
+            return read_unilip_config(values, shapes), count_shapes(shapes)
     except (ValueError, OSError) as error:
         raise InputError(f"{folder}: the model cannot be read: {error}") from error
 

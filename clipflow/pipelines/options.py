@@ -16,7 +16,8 @@ from clipflow.errors import InputError
 from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.pipelines.arguments import is_list
 from clipflow.pipelines.output import OUTPUT_TYPES
-from clipflow.sampling import SOLVERS, TIERS
+from clipflow.sampling import SOLVERS, TIERS, StepCache
+from clipflow.sampling.step_cache import check_step_cache
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 # callback(pipeline, step, timestep, {"latents": ...}) -> the same, maybe changed.
@@ -49,6 +50,7 @@ class SamplingOptions:
         callback: the user's own, or None.
         batch_invariant: sample each picture by itself.
         tier: one of `clipflow.sampling.TIERS`.
+        step_cache: how steps are skipped, or None.
     """
 
     num_inference_steps: int
@@ -62,6 +64,7 @@ class SamplingOptions:
     callback: StepEndCallback | None
     batch_invariant: bool
     tier: str
+    step_cache: StepCache | None
 
     def __post_init__(self) -> None:
         check_steps(self.num_inference_steps)
@@ -70,6 +73,7 @@ class SamplingOptions:
         check_solver(self.solver)
         check_output_type(self.output_type)
         check_tier(self.tier)
+        check_step_cache(self.step_cache, self.solver)
         _check_interval(self.guidance_interval)
         generators = self.generator
         if isinstance(generators, Sequence) and len(generators) != self.images:

@@ -23,9 +23,12 @@ class CLIPFlowPipelineOutput:
     Attributes:
         images: a list of PIL images ("pil"), float32 [B, H, W, 3] in [0, 1] ("np"), float32
             [B, 3, H, W] in [0, 1] ("pt"), or the latents as sampled, [B, C, h, w] ("latent").
+        skipped_steps: for each picture the numbers of the steps, from 0, that the step cache
+            skipped; empty without a step cache.
     """
 
     images: Pictures
+    skipped_steps: tuple[tuple[int, ...], ...] = ()
 
 
 def in_order(parts: Sequence[Pictures], places: Sequence[Sequence[int]]) -> Pictures:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,11 @@ from clipflow.pipelines.image_io import ImageInput, write_atomically
 from clipflow.pipelines.image_processor import FILE_NAME as PROCESSOR_FILE
 from clipflow.pipelines.image_processor import ImageProcessor
 from clipflow.pipelines.loading import load_tokenizer, load_unilip
+from clipflow.pipelines.memory_estimate import MemoryEstimator
 from clipflow.pipelines.model_folders import find_model
+from clipflow.pipelines.offload import LANGUAGE, Offload
 from clipflow.pipelines.options import check_tier
+from clipflow.pipelines.placement import execution_device, should_offload
 from clipflow.pipelines.prompts import Prompts
 from clipflow.pipelines.sampler import Sampler
 from clipflow.sampling import PlanCache
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 
 class UniLIPParts:
     """A UniLIP model with its tokenizer, image processor and defaults."""
+
+    memory_estimate = MemoryEstimator()
 
     def __init__(
         self,
@@ -49,7 +55,8 @@ class UniLIPParts:
         self.image_processor = image_processor or ImageProcessor.from_config(model.config)
         self.defaults = defaults or GenerationDefaults.from_folder(None, model.config)
         self.prompts = Prompts(tokenizer, model.config)
-        self.conditions = ConditionEncoder(self.model, self.prompts)
+        self.offload = Offload(self.model)
+        self.conditions = ConditionEncoder(self.model, self.prompts, offload=self.offload)
         self.sampler = Sampler(self.model)
         self._progress_bar_config: dict[str, object] = {}
 
@@ -61,6 +68,7 @@ class UniLIPParts:
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         tier: str = "faithful",
+        offload: str = "auto",
         local_files_only: bool = True,
     ) -> Self:
         """Load a model.
@@ -71,12 +79,16 @@ class UniLIPParts:
             dtype: of the weights; the decoder is float32 always.
             tier: of sampling where a call names none: "faithful", or "fast", which trades exactness
                 for speed (int8 on CPU, fp8 on GPUs that have it).
+            offload: "always" or "never" use `enable_model_cpu_offload`, or "auto": where a picture
+                fits into the memory of `device` only so.
             local_files_only: False allows a hub name to be downloaded.
 
         Raises:
             InputError: there is no such model, or its folder is not complete.
+            NotEnoughMemory: the weights do not fit; found out before they are read.
         """
         folder = find_model(name, local_files_only=local_files_only)
+        offloaded = should_offload(folder, torch.device(device or "cpu"), dtype, tier, offload)
         model = load_unilip(folder)
         pipeline = cls(
             model,
@@ -85,6 +97,9 @@ class UniLIPParts:
             defaults=GenerationDefaults.from_folder(folder, model.config),
             tier=tier,
         )
+        if offloaded:
+            pipeline.to(dtype).enable_model_cpu_offload(device)
+            return pipeline
         return pipeline.to(device, dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -126,9 +141,16 @@ class UniLIPParts:
         """Move the model and set its dtype, in place; `to(dtype)` works too.
 
         The pixel decoder stays float32: it is a small part of the time, and half precision shows.
+        A move to a device ends offloading.
+
+        Raises:
+            InputError: an offloaded part is running.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+        self.offload.check_idle()
+        if device is not None:
+            self.offload.disable()
         for name, part in self.model.named_children():
             part.to(device=device, dtype=torch.float32 if name == "vae_decoder" else dtype)
         queries = self.model.latent_queries
@@ -137,9 +159,32 @@ class UniLIPParts:
         materialize_rotary(self.model, self.device)
         return self
 
+    def enable_model_cpu_offload(self, device: str | torch.device | None = None) -> None:
+        """Keep all but the diffusion transformer on the CPU, on `device` only while it runs.
+
+        The pictures are the same. What is needed at once falls from all weights to the transformer
+        and the larger of the two others, the language side and the decoder; each call moves those
+        that it uses. `to(device)` ends it.
+
+        Args:
+            device: where to run; when not given, where the pipeline is, or else the GPU.
+
+        Raises:
+            InputError: `device` is the CPU or there is no GPU, or an offloaded part is running.
+            NotEnoughMemory: the CPU has no room for what was on the device.
+        """
+        device = execution_device(device, self.device)
+        with self.conditions.kept() if device == self.device else nullcontext():
+            self.offload.enable(device)
+        self.model.dit.to(device)
+        queries = self.model.latent_queries
+        queries.data = queries.data.to(device)
+
     def set_progress_bar_config(self, **config: object) -> None:
         """Options of the tqdm bar of later calls, e.g. `disable=True`."""
         self._progress_bar_config = config
 
     def _features(self, images: Sequence[ImageInput]) -> Tensor:
-        return self.model.encode_image(self.image_processor(images).to(self.device, self.dtype))
+        pixels = self.image_processor(images).to(self.device, self.dtype)
+        with self.offload.running(LANGUAGE):
+            return self.model.encode_image(pixels)

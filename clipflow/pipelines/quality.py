@@ -1,4 +1,4 @@
-"""How alike two pictures are: PSNR and SSIM."""
+"""How alike two pictures are: PSNR, mean absolute difference and SSIM."""
 
 # Shape suffixes: H, W = rows and columns of a picture.
 
@@ -19,6 +19,11 @@ def psnr(first: Image.Image, second: Image.Image) -> float:
     """Peak signal-to-noise ratio in dB of two RGB pictures of one size; inf if they are equal."""
     error = (_pixels(first) - _pixels(second)).square().mean().item()
     return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def mean_absolute_difference(first: Image.Image, second: Image.Image) -> float:
+    """Mean |first - second| of two RGB pictures of one size, in [0, 1]."""
+    return (_pixels(first) - _pixels(second)).abs().mean().item()
 
 
 def ssim(first: Image.Image, second: Image.Image) -> float:

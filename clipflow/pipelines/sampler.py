@@ -60,7 +60,7 @@ class Sampler:
         *,
         callback: StepCallback | None,
         progress: Callable[[int], object],
-    ) -> Tensor:
+    ) -> tuple[Tensor, tuple[int, ...]]:
         """Sample one run.
 
         Args:
@@ -72,15 +72,16 @@ class Sampler:
             callback, progress: as of `SamplingPlan.run`.
 
         Returns:
-            [samples, C, h, w] float32.
+            The latents, [samples, C, h, w] float32, and the steps that were skipped.
         """
         cond = shared([cond[sample] for sample in run.samples])
         null = shared([null[sample] for sample in run.samples]) if run.guided else []
         scales = torch.tensor([options.guidance_scales[sample] for sample in run.samples])
         with self.plans.lease(self._spec(run, null, cond, options)) as plan:
-            return plan.run(
+            latents = plan.run(
                 noise, null, cond, guidance=scales, callback=callback, progress=progress
             )
+            return latents, plan.skipped_steps
 
     def _spec(
         self, run: Run, null: list[Tensor], cond: list[Tensor], options: SamplingOptions
@@ -101,6 +102,7 @@ class Sampler:
             dtype=self.model.latent_queries.dtype,
             device=self.model.latent_queries.device,
             tier=options.tier,
+            step_cache=options.step_cache,
             backend=chosen_backend(),
         )
 

@@ -6,17 +6,21 @@ from clipflow.sampling.plan_cache import PlanCache
 from clipflow.sampling.sample import sample
 from clipflow.sampling.schedule import FlowSchedule, flow_schedule
 from clipflow.sampling.solvers import SOLVERS, Evaluation, solver_table
+from clipflow.sampling.step_cache import FirstBlockCache, StepCache, TaylorForecast
 
 __all__ = [
     "SOLVERS",
     "TIERS",
     "Denoiser",
     "Evaluation",
+    "FirstBlockCache",
     "FlowSchedule",
     "FlowTimes",
     "PlanCache",
     "PlanSpec",
     "SamplingPlan",
+    "StepCache",
+    "TaylorForecast",
     "draw_times",
     "flow_matching_loss",
     "flow_schedule",

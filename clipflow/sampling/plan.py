@@ -20,6 +20,7 @@ from clipflow.errors import SamplingError, ShapeError
 from clipflow.sampling.cuda_graphs import StepGraphs
 from clipflow.sampling.loop import SamplingLoop
 from clipflow.sampling.solvers import Evaluation, solver_table
+from clipflow.sampling.step_cache import FirstBlockCache, StepCache, attach, check_step_cache
 from clipflow.sampling.tracing import kernels_of
 
 TIERS = ("faithful", "fast")
@@ -46,6 +47,10 @@ class PlanSpec:
         device: of the model.
         tier: "faithful" or "fast".
         backend: what `clipflow.use_backend` had chosen.
+        step_cache: how steps are skipped; None computes all.
+
+    Raises:
+        InputError: the cache does not go with the solver.
     """
 
     sigmas: tuple[float, ...]
@@ -61,6 +66,10 @@ class PlanSpec:
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     tier: str = "faithful"
     backend: str = "auto"
+    step_cache: StepCache | None = None
+
+    def __post_init__(self) -> None:
+        check_step_cache(self.step_cache, self.solver)
 
     @property
     def table(self) -> list[Evaluation]:
@@ -120,9 +129,10 @@ class SamplingPlan:
             device=spec.device,
         )
         self._guidance = torch.ones(spec.samples, device=spec.device)
-        guided = self.loop.guided
-        warm_up = sorted({guided.index(kind) for kind in set(guided)})
-        self._graphs = StepGraphs(spec.device, self._evaluate, warm_up)
+        self._cache = attach(spec, denoiser)
+        self._graphs = StepGraphs(spec.device, self._evaluate, self._kinds_of_evaluations())
+        # A decision in each step is no graph.
+        self._graphs.usable &= not isinstance(spec.step_cache, FirstBlockCache)
 
     @torch.no_grad()
     def run(
@@ -157,6 +167,8 @@ class SamplingPlan:
         self._check(noise, null, cond)
         self.denoiser.set_condition(null, cond)
         self._guidance.copy_(torch.as_tensor(guidance, dtype=torch.float32))
+        if self._cache is not None:
+            self._cache.start()
         if self._graphs.usable:
             self._replay(noise, callback, progress)
         else:
@@ -166,9 +178,14 @@ class SamplingPlan:
         return self.loop.latents.clone()
 
     @property
+    def skipped_steps(self) -> tuple[int, ...]:
+        """Numbers of the steps, from 0, that the step cache skipped in the last run."""
+        return () if self._cache is None else tuple(self._cache.skipped)
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the plan holds, graphs included."""
-        return sum(self.denoiser.constants().values()) + self.loop.nbytes + self._graphs.nbytes
+        return sum(self._held().values())
 
     def explain(self) -> str:
         """What is precomputed, its bytes, and the kernels of one step."""
@@ -176,13 +193,11 @@ class SamplingPlan:
         lines = [
             f"plan: {len(spec.timesteps)} steps of {spec.solver}, {spec.samples} samples"
             f"{' with null rows' if spec.guided else ''}, latents {list(spec.latent_shape)}, "
-            f"{spec.dtype}, {spec.device}, tier {spec.tier}, backend {spec.backend}",
+            f"{spec.dtype}, {spec.device}, tier {spec.tier}, backend {spec.backend}"
+            f"{'' if spec.step_cache is None else f', {spec.step_cache}'}",
             "held:",
         ]
-        held = {**self.denoiser.constants(), "latents and solver state": self.loop.nbytes}
-        if self._graphs.usable:
-            held["CUDA graphs"] = self._graphs.nbytes
-        lines += [f"  {name}: {size / 2**20:.2f} MiB" for name, size in held.items()]
+        lines += [f"  {name}: {size / 2**20:.2f} MiB" for name, size in self._held().items()]
         kernels = self.kernels()
         lines.append(f"one step: {sum(kernels.values())} kernels")
         lines += [f"  {count} x {name}" for name, count in kernels.items()]
@@ -195,10 +210,30 @@ class SamplingPlan:
         The step is run once to see them; conditions must have been set by a run.
         """
         self.loop.start(torch.zeros_like(self.loop.latents))
+        if self._cache is not None:
+            self._cache.start()
         return kernels_of(lambda: self._evaluate(0))
 
     def _evaluate(self, index: int) -> None:
-        self.loop.evaluate(index, self.denoiser.velocity, self._guidance)
+        source = self.denoiser if self._cache is None else self._cache
+        self.loop.evaluate(index, source.velocity, self._guidance)
+
+    def _held(self) -> dict[str, int]:
+        held = {**self.denoiser.constants(), "latents and solver state": self.loop.nbytes}
+        if self._cache is not None:
+            held["step cache"] = self._cache.nbytes
+        if self._graphs.usable:
+            held["CUDA graphs"] = self._graphs.nbytes
+        return held
+
+    def _kinds_of_evaluations(self) -> list[int]:
+        """Evaluations that together launch every kernel of a run: guided or not, skipped or not."""
+        skipped = self.skipped_steps
+        kinds = [
+            (guided, entry.step in skipped)
+            for guided, entry in zip(self.loop.guided, self.loop.table, strict=True)
+        ]
+        return sorted({kinds.index(kind) for kind in set(kinds)})
 
     def _replay(
         self,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clipflow.models.dits.linears import Operand
+
 
 @dataclass(frozen=True)
 class Buffers:
@@ -71,3 +73,24 @@ class Buffers:
     def _shared(self, buffer: Tensor, width: int) -> Tensor:
         tokens = self.hidden.shape[0] * self.hidden.shape[1]
         return buffer.flatten()[: tokens * width].view(tokens, width)
+
+
+@dataclass
+class Stream:
+    """One evaluation on its way through the blocks.
+
+    Attributes:
+        hidden: the residual stream, [R, N, D], written in place.
+        normed: its modulated norm, for the block that is next or the output.
+        modulation: shifts, scales and gates without the blocks' tables, six of [R, D].
+        after: (shift, scale, table) of the norm before each block, and of the output's.
+        gates: of all blocks, [blocks, 2, D].
+        buffers: of R rows.
+    """
+
+    hidden: Tensor
+    normed: Operand
+    modulation: list[Tensor]
+    after: list[tuple[Tensor, Tensor, Tensor]]
+    gates: Tensor
+    buffers: Buffers

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from clipflow import ops
 from clipflow.models.dits.condition_keys import ConditionKeys
 from clipflow.models.dits.linears import Linear, LinearLike, Operand, tokens_of
-from clipflow.models.dits.sana_buffers import Buffers
+from clipflow.models.dits.sana_buffers import Buffers, Stream
 from clipflow.nn.cross_attention import CrossAttention
 from clipflow.nn.glu_mbconv import GLUMBConv
 from clipflow.nn.linear_attention import ReLULinearAttention
@@ -72,6 +72,7 @@ class SanaDenoiser:
         self.out_table = dit.scale_shift_table.detach()
         self._make_constants()
         self.buffers = _buffers(dit, spec)
+        self.depth, self.stream_shape = len(self.blocks), self.buffers.hidden.shape
         self.keys = _condition_keys(dit, spec)
 
     def constants(self) -> dict[str, int]:
@@ -93,6 +94,12 @@ class SanaDenoiser:
 
     @torch.no_grad()
     def velocity(self, rows: Tensor, index: int) -> Tensor:
+        stream = self.begin(rows, index)
+        self.advance(stream, 0, self.depth)
+        return self.finish(stream)
+
+    def begin(self, rows: Tensor, index: int) -> Stream:
+        """Embed `rows` for evaluation `index`; see `clipflow.sampling.first_block`."""
         R = len(rows)
         modulation = [m.expand(R, -1) for m in self.modulation[index].unsqueeze(1)]
         embedding = self.embedding[index].expand(R, -1)
@@ -102,19 +109,32 @@ class SanaDenoiser:
         buffers = self.buffers.of_rows(R)
         hidden = self._embed(rows, buffers)
         normed = self._first_norm(hidden, *after[0], buffers)
-        for number, block in enumerate(self.blocks):
-            gates = self.gates[index, number]
-            self._self_attention(block, hidden, normed, gates[0], buffers)
+        return Stream(hidden, normed, modulation, after, self.gates[index], buffers)
+
+    def advance(self, stream: Stream, begin: int, end: int) -> None:
+        """Run blocks `begin` to `end` - 1."""
+        hidden, modulation, buffers = stream.hidden, stream.modulation, stream.buffers
+        for number in range(begin, end):
+            block, gates = self.blocks[number], stream.gates[number]
+            self._self_attention(block, hidden, stream.normed, gates[0], buffers)
             self._cross_attention(number, hidden, buffers)
             normed = self._norm_after(
                 hidden, None, *modulation[3:5], block.tables[3:5], buffers, last=False
             )
             self._feed_forward(block, normed, buffers)
-            normed = self._norm_after(
-                hidden, gates[1].expand(R, -1), *after[number + 1], buffers,
-                last=number + 1 == len(self.blocks),
+            stream.normed = self._norm_after(
+                hidden, gates[1].expand(len(hidden), -1), *stream.after[number + 1], buffers,
+                last=number + 1 == self.depth,
             )  # fmt: skip
-        return self._project_out(normed)
+
+    def skip(self, stream: Stream, rest: Tensor) -> None:
+        """Add `rest`, [R, N, D], to the stream instead of the blocks that are left."""
+        buffers = replace(stream.buffers, branch=rest)
+        stream.normed = self._norm_after(stream.hidden, None, *stream.after[-1], buffers, last=True)
+
+    def finish(self, stream: Stream) -> Tensor:
+        """The velocity, after the last block or `skip`."""
+        return self._project_out(stream.normed)
 
     def _make_constants(self) -> None:
         dit, spec = self.dit, self.spec
@@ -231,8 +251,10 @@ def plan_bytes(dit: SanaTransformer, spec: PlanSpec) -> int:
     sketch = replace(spec, device=torch.device("meta"))
     buffers = _buffers(dit, sketch)
     keys = _condition_keys(dit, sketch)
-    constants = len(spec.table) * (7 + 2 * len(blocks)) * D + spec.tokens * D
-    return buffers.nbytes + sum(k.nbytes for k in keys) + constants * spec.dtype.itemsize
+    numbers = len(spec.table) * (7 + 2 * len(blocks)) * D + spec.tokens * D
+    if spec.step_cache is not None:
+        numbers += spec.step_cache.elements(spec, D)
+    return buffers.nbytes + sum(k.nbytes for k in keys) + numbers * spec.dtype.itemsize
 
 
 def _buffers(dit: SanaTransformer, spec: PlanSpec) -> Buffers:

@@ -70,3 +70,22 @@ class QuantizedSanaDenoiser(SanaDenoiser):
         else:
             hidden.addcmul_(gate[:, None], buffers.branch)
         return self._first_norm(hidden, shift, scale, table, buffers)
+
+
+def operand_bytes(dit: SanaTransformer, spec: PlanSpec) -> int:
+    """Of the quantized operands that a plan of the fast tier holds beside `plan_bytes`."""
+    return spec.rows * spec.tokens * (dit.config.hidden_size + torch.float32.itemsize)
+
+
+def quantized_bytes(dit: SanaTransformer, device: torch.device) -> int:
+    """Of the 8-bit weights of all blocks, which the plans of one model share, from shapes alone."""
+    D = dit.config.hidden_size
+    total = 0
+    for block in dit.transformer_blocks:
+        own, cross, ff = block.attn1, block.attn2, block.ff
+        layers = (own.to_out[0], cross.to_q, cross.to_out[0], ff.conv_inverted, ff.conv_point)
+        for N, K in [(3 * D, D), *(layer.weight.shape[:2] for layer in layers)]:
+            # On the CPU in tiles of 16 x 16; a float32 scale for each output channel.
+            values = -(-N // 16) * -(-K // 16) * 256 if device.type == "cpu" else N * K
+            total += values + N * torch.float32.itemsize
+    return total

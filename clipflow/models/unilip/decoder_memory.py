@@ -15,7 +15,8 @@ DECODE_BUDGET = 1 << 30  # bytes of activations that `PixelDecoder.decode` keeps
 # Tensors of [B, H, W, C] that live at once, in units of one of them: residual block (input, two
 # convolutions); attention block (input, 8 + 4 of its feed-forward part); the way out.
 _RESIDUAL, _ATTENTIVE, _OUT = 3, 13, 3
-_BAND_BYTES = 48 << 20  # the convolutions' own work space on CPUs, at most
+# The convolutions' work space, and what the C library keeps of freed tensors (measured on Linux).
+WORK_BYTES = 256 << 20
 
 
 def decode_bytes(
@@ -30,8 +31,9 @@ def decode_bytes(
     """Peak bytes of activations while `batch` latents become pictures, without a gradient.
 
     The largest of all stages: 13 tensors in an attention block, 3 in a residual block, and in front
-    of each stage the enlarged input with the output; the pictures themselves on top. Weights are
-    not counted, nor the transformed kernels that `clipflow.nn.conv3x3` keeps.
+    of each stage the enlarged input with the output; the pictures and `WORK_BYTES` on top. Weights
+    are not counted, nor the transformed kernels that `clipflow.nn.conv3x3` keeps on CPUs: four
+    times the bytes of the residual blocks' 3x3 kernels, once those in front of the stages.
 
     Args:
         config: of the decoder.
@@ -56,7 +58,7 @@ def decode_bytes(
         cut = _last_attentive(config)
         scale = config.upscale >> cut
         tiled += latent_h * latent_w * scale**2 * config.block_out_channels[cut]
-    return batch * size * (max(whole, tiled) + 2 * pictures) + _BAND_BYTES
+    return batch * size * (max(whole, tiled) + 2 * pictures) + WORK_BYTES
 
 
 def _stages(config: DecoderConfig) -> Iterator[tuple[int, int]]:
@@ -91,15 +93,16 @@ def choose_parts(
     """(pictures at a time, tile size or None) that keep `shape` = (B, h, w) within `budget` bytes.
 
     Whole pictures as long as one fits; else single pictures in the largest tiles that do, halving
-    from the picture's side down to `upscale` pixels for each of 4 latent cells.
+    from the picture's side down to `upscale` pixels for each of 4 latent cells. Where not even
+    these fit, because of the attention stages, the largest tiles that take no more than these.
     """
     B, h, w = shape
-    one = decode_bytes(config, h, w, dtype=dtype) - _BAND_BYTES
-    room = budget - _BAND_BYTES
+    one = decode_bytes(config, h, w, dtype=dtype) - WORK_BYTES
+    room = budget - WORK_BYTES
     if one <= room:
         return max(1, min(B, room // max(one, 1))), None
-    tile = config.upscale * max(h, w)
-    least = 4 * config.upscale
-    while tile > least and decode_bytes(config, h, w, tile_size=tile, dtype=dtype) > budget:
+    tile, least = config.upscale * max(h, w), 4 * config.upscale
+    limit = max(budget, decode_bytes(config, h, w, tile_size=least, dtype=dtype))
+    while tile > least and decode_bytes(config, h, w, tile_size=tile, dtype=dtype) > limit:
         tile //= 2
     return 1, max(tile, least)

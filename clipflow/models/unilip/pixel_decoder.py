@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from clipflow.acceleration.replace import accelerate
 from clipflow.errors import AccelerationError, InputError, ShapeError
 from clipflow.models.unilip.config import DecoderConfig
-from clipflow.models.unilip.decoder_memory import DECODE_BUDGET, choose_parts
+from clipflow.models.unilip.decoder_memory import DECODE_BUDGET, choose_parts, decode_bytes
 from clipflow.models.unilip.decoder_tiling import decode_tiled
+from clipflow.sampling.memory import available_bytes, require_bytes
 
 DOWN_BLOCKS = 3
 BLOCK_NORM_EPS = 1e-6
@@ -95,22 +96,35 @@ class PixelDecoder(nn.Module):
             latents: [B, C, h, w]; sampled ones divided by `unilip_factor`.
             tile_size: side in pixels of the tiles that the picture is drawn in, which saves memory
                 and gives the same picture up to rounding. When not given, pictures are drawn whole
-                and at once as long as `decode_bytes` stays within `decode_budget`, else one by one,
-                else in tiles. With a gradient, always whole.
+                and at once as long as `decode_bytes` stays within `decode_budget` and the free
+                memory, else one by one, else in tiles. With a gradient, always whole.
 
         Raises:
             InputError: `tile_size` is below 1.
+            NotEnoughMemory: not even the smallest tiles fit.
         """
         if tile_size is not None and tile_size < 1:
             raise InputError(f"decode: tile_size must be at least 1, got {tile_size}")
         rows = len(latents)
         if tile_size is None and not torch.is_grad_enabled():
-            shape = (rows, *latents.shape[2:])
-            rows, tile_size = choose_parts(self.config, shape, latents.dtype, self.decode_budget)
+            rows, tile_size = self._parts(latents)
         if tile_size is None and rows >= len(latents):
             return self.decoder(latents)
         draw = self.decoder if tile_size is None else partial(self._draw_tiled, tile_size)
         return torch.cat([draw(part) for part in latents.split(rows)])
+
+    def _parts(self, latents: Tensor) -> tuple[int, int | None]:
+        """(pictures at a time, tile size or None) that the free memory has room for."""
+        B, _, h, w = latents.shape
+        dtype, device = latents.dtype, latents.device
+        free = available_bytes(device)
+        budget = self.decode_budget if free is None else min(self.decode_budget, free)
+        rows, tile_size = choose_parts(self.config, (B, h, w), dtype, budget)
+        needed = decode_bytes(self.config, h, w, min(rows, B), tile_size=tile_size, dtype=dtype)
+        height, width = h * self.config.upscale, w * self.config.upscale
+        drawn = max(0, B - rows) * 3 * height * width * dtype.itemsize
+        require_bytes(needed + drawn, device, f"drawing {B} pictures of {height} x {width} pixels")
+        return rows, tile_size
 
     def _draw_tiled(self, tile_size: int, latents: Tensor) -> Tensor:
         return decode_tiled(self.decoder, latents, tile_size)

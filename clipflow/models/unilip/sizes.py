@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+
 import torch
 
 from clipflow.models.unilip.config import UniLIPConfig
@@ -29,8 +32,15 @@ def parameter_counts(model: UniLIPModel | UniLIPConfig) -> dict[str, int]:
     if isinstance(model, UniLIPConfig):
         with torch.device("meta"):
             model = UniLIPModel(model)
+    return count_shapes({name: p.shape for name, p in model.named_parameters()})
+
+
+def count_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """The same of our names and shapes, as a checkpoint's headers say them."""
     counts = dict.fromkeys(PARTS, 0)
-    for name, parameter in model.named_parameters():
-        part = next(part for part, prefixes in PARTS.items() if name.startswith(prefixes))
-        counts[part] += parameter.numel()
+    for name, shape in shapes.items():
+        part = next((part for part, begin in PARTS.items() if name.startswith(begin)), None)
+        if part is None:
+            raise ValueError(f"load: {name} belongs to no part of a UniLIP model")
+        counts[part] += math.prod(shape)
     return counts

@@ -1,0 +1,364 @@
+"""How much memory a call will need, from a model's configuration alone.
+
+Weights, plans and what the decoder keeps are counted exactly; activations of the language side are
+the largest set of tensors that lives at once, as its layers are written.
+"""
+
+# Shape suffixes: R = rows, L = positions, H = LM width, I = its feed-forward width.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from clipflow.errors import InputError
+from clipflow.models.dits.linears import can_quantize
+from clipflow.models.dits.sana import SanaTransformer
+from clipflow.models.dits.sana_quantized import operand_bytes, quantized_bytes
+from clipflow.models.unilip.config import UniLIPConfig
+from clipflow.models.unilip.sizes import parameter_counts
+from clipflow.pipelines.activations import (
+    decode_activations,
+    decoder_kernels,
+    language_activations,
+    vision_activations,
+)
+from clipflow.pipelines.arguments import positive
+from clipflow.pipelines.generation_defaults import GenerationDefaults
+from clipflow.pipelines.loading import read_unilip_sizes
+from clipflow.pipelines.model_folders import find_model
+from clipflow.pipelines.options import (
+    PictureSize,
+    check_guidance,
+    check_solver,
+    check_steps,
+    check_tier,
+    picture_size,
+)
+from clipflow.pipelines.sampler import LENGTH_STEP
+from clipflow.sampling import PlanSpec, flow_schedule
+from clipflow.sampling.loop import SamplingLoop
+
+if TYPE_CHECKING:
+    from clipflow.pipelines.parts import UniLIPParts
+
+PROMPT_TOKENS = 64
+CPU = torch.device("cpu")
+# What is shown -> the parts of `clipflow.models.unilip.sizes` that it holds.
+WEIGHTS = {
+    "vision tower": ("vision tower",),
+    "language model": ("language model", "lm_head"),
+    "connector": ("projector", "queries", "connector"),
+    "DiT": ("DiT",),
+    "decoder": ("clip_down", "decoder"),
+}
+LANGUAGE_WEIGHTS = ("vision tower", "language model", "connector")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes that a pipeline holds in one call.
+
+    Attributes:
+        weights: of "vision tower", "language model", "connector" (with queries and projectors),
+            "DiT" and "decoder" (float32 always).
+        quantized_weights: of the DiT's 8-bit copies in the fast tier.
+        decoder_kernels: what the decoder keeps of its weights in another form, on CPUs.
+        conditions: of the prompts, kept for the next call.
+        plan: buffers and constants of sampling, kept for the next call.
+        language: activations while the language side reads the prompts.
+        sampling: activations of a step that are not the plan's.
+        decode: activations while pictures are drawn from latents, and the pictures.
+    """
+
+    weights: Mapping[str, int]
+    quantized_weights: int
+    decoder_kernels: int
+    conditions: int
+    plan: int
+    language: int
+    sampling: int
+    decode: int
+
+    @property
+    def total_weights(self) -> int:
+        """All weights, without the 8-bit copies."""
+        return sum(self.weights.values())
+
+    @property
+    def resting_weights(self) -> int:
+        """Of the parts that wait on the CPU when the model is offloaded."""
+        return self.total_weights - self.weights["DiT"]
+
+    @property
+    def variable(self) -> int:
+        """What a call adds to the weights at most."""
+        return self.kept + max(self.language, self.sampling, self.decode)
+
+    @property
+    def kept(self) -> int:
+        """What a call leaves for the next one, apart from the weights."""
+        return self.quantized_weights + self.decoder_kernels + self.conditions + self.plan
+
+    @property
+    def peak(self) -> int:
+        """Everything that is held at once, at most."""
+        return self.total_weights + self.variable
+
+    @property
+    def peak_with_offload(self) -> int:
+        """The same on the device with `enable_model_cpu_offload`."""
+        language = sum(self.weights[part] for part in LANGUAGE_WEIGHTS) + self.language
+        decode = self.weights["decoder"] + self.decode
+        return self.weights["DiT"] + self.kept + max(language, self.sampling, decode)
+
+    def as_dict(self) -> dict[str, object]:
+        """All numbers under their names, for JSON."""
+        return {
+            **vars(self),
+            "weights": dict(self.weights),
+            "total_weights": self.total_weights,
+            "peak": self.peak,
+            "peak_with_offload": self.peak_with_offload,
+        }
+
+    def __str__(self) -> str:
+        rows = {
+            **{f"weights: {part}": size for part, size in self.weights.items()},
+            "weights in 8 bits": self.quantized_weights,
+            "decoder kernels": self.decoder_kernels,
+            "conditions": self.conditions,
+            "plan": self.plan,
+            "reading the prompts": self.language,
+            "a step": self.sampling,
+            "decoding": self.decode,
+            "peak": self.peak,
+            "peak with offload": self.peak_with_offload,
+        }
+        return "\n".join(f"{name:<24}{size / 2**20:>11,.1f} MiB" for name, size in rows.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallShape:
+    """One call, as far as memory goes.
+
+    Attributes:
+        images: pictures of the call.
+        prompts: different prompts among them.
+        size: of each picture.
+        steps, solver, guided: of sampling.
+        prompt_tokens: of the longest prompt with its template, without a picture.
+        edit: whether each prompt has a picture.
+        dtype, device, tier: of the pipeline.
+    """
+
+    images: int
+    prompts: int
+    size: PictureSize
+    steps: int
+    solver: str
+    guided: bool
+    prompt_tokens: int
+    edit: bool
+    dtype: torch.dtype
+    device: torch.device
+    tier: str
+
+    @property
+    def nulls(self) -> int:
+        """Different null prompts; those of edits show the pictures."""
+        return (self.prompts if self.edit else 1) if self.guided else 0
+
+    def positions(self, config: UniLIPConfig) -> int:
+        """What the language model reads of each prompt: its tokens, a picture's, the queries."""
+        picture = config.latent_side**2 if self.edit else 0
+        return self.prompt_tokens + picture + config.n_query
+
+    def spec(self, config: UniLIPConfig) -> PlanSpec:
+        """Of the plan that the call runs; on the meta device, where nothing takes memory."""
+        schedule = flow_schedule(self.steps, shift=config.flow_shift)
+        return PlanSpec(
+            sigmas=tuple(schedule.sigmas.tolist()),
+            timesteps=tuple(schedule.timesteps.tolist()),
+            solver=self.solver,
+            samples=self.images,
+            guided=self.guided,
+            latent_shape=(config.decoder.latent_channels, *self.size[:2]),
+            conditions=(self.nulls, self.prompts),
+            condition_length=-(-self.positions(config) // LENGTH_STEP) * LENGTH_STEP,
+            dtype=self.dtype,
+            device=torch.device("meta"),
+            tier=self.tier,
+        )
+
+
+def weight_bytes(counts: Mapping[str, int], dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of the `WEIGHTS` of a model with `counts` parameters in each part."""
+    wide = {"decoder": torch.float32.itemsize}
+    return {
+        shown: sum(counts[part] for part in parts) * wide.get(shown, dtype.itemsize)
+        for shown, parts in WEIGHTS.items()
+    }
+
+
+def estimate(config: UniLIPConfig, counts: Mapping[str, int], call: CallShape) -> MemoryEstimate:
+    """Memory of `call` for a model of `config` with `counts` parameters in each part."""
+    spec = call.spec(config)
+    with torch.device("meta"):
+        dit = SanaTransformer(config.dit)
+    quantized = call.tier == "fast" and _multiplies_in_8_bits(call.device)
+    rows, positions = call.prompts + call.nulls, call.positions(config)
+    language = language_activations(config.text, rows, positions, call.dtype)
+    if call.edit:
+        language = max(language, vision_activations(config.vision, call.prompts, call.dtype))
+    plan = dit.plan_bytes(spec) + (operand_bytes(dit, spec) if quantized else 0)
+    shape = (call.images, *call.size[:2])
+    return MemoryEstimate(
+        weights=weight_bytes(counts, call.dtype),
+        quantized_weights=quantized_bytes(dit, call.device) if quantized else 0,
+        decoder_kernels=decoder_kernels(config.decoder, shape) if call.device == CPU else 0,
+        conditions=rows * positions * config.dit.caption_channels * call.dtype.itemsize,
+        plan=plan + _loop_bytes(spec),
+        language=language,
+        sampling=2 * spec.rows * spec.tokens * config.dit.hidden_size * call.dtype.itemsize,
+        decode=decode_activations(config.decoder, shape),
+    )
+
+
+def folder_estimate(
+    name: str | Path,
+    *,
+    num_images: int = 1,
+    num_prompts: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    solver: str | None = None,
+    prompt_tokens: int = PROMPT_TOKENS,
+    edit: bool = False,
+    dtype: torch.dtype = torch.float32,
+    tier: str = "faithful",
+    device: str | torch.device = "cpu",
+) -> MemoryEstimate:
+    """Estimate the memory of a call before a model is loaded.
+
+    Args:
+        name: "scenes" (embedded), a folder, or a hub name in the local cache; config.json and the
+            headers of its weights are read.
+        num_images: pictures that the call makes.
+        num_prompts: different prompts among them.
+        height, width: in pixels, of all pictures; the model's native size when not given.
+        num_inference_steps, guidance_scale, solver: the model's own when not given.
+        prompt_tokens: of the longest prompt, its template included (about 15 tokens).
+        edit: the call is `edit`, with a picture for each prompt.
+        dtype: of the weights; the decoder is float32 always.
+        tier: of sampling.
+        device: where the model will run.
+
+    Raises:
+        InputError: there is no such model, its folder is broken, or an option cannot be.
+    """
+    folder = find_model(name)
+    config, counts = read_unilip_sizes(folder)
+    defaults = GenerationDefaults.from_folder(folder, config)
+    return estimate(config, counts, _call(
+        config, defaults, images=num_images, prompts=num_prompts, height=height, width=width,
+        steps=num_inference_steps, scale=guidance_scale, solver=solver, edit=edit,
+        prompt_tokens=prompt_tokens, dtype=dtype, tier=tier, device=torch.device(device),
+    ))  # fmt: skip
+
+
+def pipeline_estimate(
+    pipeline: UniLIPParts,
+    *,
+    num_images: int = 1,
+    num_prompts: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    solver: str | None = None,
+    prompt_tokens: int = PROMPT_TOKENS,
+    edit: bool = False,
+    tier: str | None = None,
+) -> MemoryEstimate:
+    """Estimate the memory of a call of a pipeline, with its dtype, device and defaults.
+
+    The arguments are those of `folder_estimate`; `tier` is the pipeline's own when not given.
+
+    Raises:
+        InputError: an option cannot be.
+    """
+    config = pipeline.model.config
+    return estimate(config, parameter_counts(pipeline.model), _call(
+        config, pipeline.defaults, images=num_images, prompts=num_prompts, height=height,
+        width=width, steps=num_inference_steps, scale=guidance_scale, solver=solver, edit=edit,
+        prompt_tokens=prompt_tokens, dtype=pipeline.dtype, tier=tier or pipeline.tier,
+        device=pipeline.device,
+    ))  # fmt: skip
+
+
+class MemoryEstimator:
+    """The method `memory_estimate`: of the class `folder_estimate`, of a pipeline its own."""
+
+    def __get__(
+        self, pipeline: UniLIPParts | None, owner: type[UniLIPParts]
+    ) -> Callable[..., MemoryEstimate]:
+        return folder_estimate if pipeline is None else partial(pipeline_estimate, pipeline)
+
+
+def _call(
+    config: UniLIPConfig,
+    defaults: GenerationDefaults,
+    *,
+    images: int,
+    prompts: int,
+    height: int | None,
+    width: int | None,
+    steps: int | None,
+    scale: float | None,
+    solver: str | None,
+    **others: object,
+) -> CallShape:
+    steps = defaults.num_inference_steps if steps is None else steps
+    scale = defaults.guidance_scale if scale is None else scale
+    solver = defaults.solver if solver is None else solver
+    check_steps(steps)
+    check_guidance(scale)
+    check_solver(solver)
+    check_tier(others["tier"])
+    positive("prompt_tokens", others["prompt_tokens"])
+    if positive("num_images", images) % positive("num_prompts", prompts):
+        raise InputError(f"num_images must be a multiple of num_prompts {prompts}, got {images}")
+    return CallShape(
+        images=images,
+        prompts=prompts,
+        size=picture_size(height, width, config),
+        steps=steps,
+        solver=solver,
+        guided=scale != 1.0,
+        **others,
+    )
+
+
+def _loop_bytes(spec: PlanSpec) -> int:
+    loop = SamplingLoop(
+        spec.table,
+        (spec.samples, *spec.latent_shape),
+        guided=spec.guided_evaluations,
+        latents_dtype=torch.float32,
+        model_dtype=spec.dtype,
+        device=spec.device,
+    )
+    return loop.nbytes
+
+
+def _multiplies_in_8_bits(device: torch.device) -> bool:
+    """As `can_quantize`; where no GPU can be asked, it is taken for a recent one."""
+    return (device.type == "cuda" and not torch.cuda.is_available()) or can_quantize(device)
