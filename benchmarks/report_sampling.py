@@ -138,7 +138,22 @@ def gpu_rows(found: list[Result]) -> list[str]:
     ]  # fmt: skip
     header = ("size", "tier", "ms a step in the graph", "TFLOP/s", "MFU", "weights GB/s",
               "kernels a step", "first run over a warm one, s", "plan MiB")  # fmt: skip
-    return table(header, rows)
+    return [*table(header, rows), *time_line_rows(found[0])]
+
+
+def time_line_rows(found: Result) -> list[str]:
+    """The kernels of one step by the time they take together, longest first."""
+    total: dict[str, list[float]] = {}
+    for kernel in found["time_line"]:
+        total.setdefault(kernel["kernel"], []).append(kernel["us"])
+    step = sum(us for times in total.values() for us in times)
+    rows = [
+        (f"`{name[:80]}`", str(len(times)), f"{sum(times):.1f}", f"{sum(times) / step:.0%}")
+        for name, times in sorted(total.items(), key=lambda item: -sum(item[1]))
+    ]
+    head = f"{found['model']}, {found['tokens']} tokens, batch {found['batch']}, {found['tier']}"
+    lines = [f"Kernels of one step of {head}; in order in the JSON:\n"]
+    return [*lines, *table(("kernel", "times", "us", "of the step"), rows)]
 
 
 def growth_section(result: Result) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from benchmarks.sampling_contenders import Planned
-from benchmarks.sampling_models import Cell, Models, Workload, plan_spec, step_flops
+from benchmarks.sampling_models import GUIDANCE, Cell, Models, Workload, plan_spec, step_flops
 from clipflow.models.dits.sana import SanaTransformer
 from clipflow.sampling import PlanCache, SamplingPlan
 
@@ -67,7 +67,7 @@ def graph_seconds(ours: Planned, runs: int = 5) -> float:
         flush.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        ours.plan.run(ours.work.noise, ours.work.null, ours.work.cond, guidance=4.5)
+        ours.plan.run(ours.work.noise, ours.work.null, ours.work.cond, guidance=GUIDANCE)
         end.record()
         torch.cuda.synchronize()
         found.append(begin.elapsed_time(end) / 1e3)

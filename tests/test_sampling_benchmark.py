@@ -10,7 +10,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import readme_table, report, sampling, sampling_growth
+from benchmarks import readme_table, report, report_sampling, sampling, sampling_growth
 from benchmarks.growth_plot import growth_plot
 from benchmarks.peers.sana_reference import ReferenceLoop
 from benchmarks.sampling_bars import gpu_bars, summaries_of, verdict
@@ -146,6 +146,11 @@ def test_gpu_goals():
     bars = {bar["name"].rpartition(": ")[2]: bar for bar in gpu_bars([row], [graph])}
     assert not bars["ms"]["met"] and bars["times faster than diffusers eager"]["met"]
     assert {bar["id"] for bar in bars.values()} == {"G12"}
+    rates = ("tflop_per_s", "mfu", "weights_gb_per_s", "kernels_per_step", "plan_bytes")
+    graph |= dict.fromkeys(rates, 1) | {"first_run_over_warm_s": 1.5}
+    graph["time_line"] = [{"kernel": name, "us": us} for name, us in (("a", 1), ("b", 2), ("a", 3))]
+    text = "\n".join(report_sampling.gpu_rows([graph]))
+    assert "| 4.500 |" in text and "| `a` | 2 | 4.0 | 67% |" in text
 
 
 def test_growth_finds_exponents_and_draws_them(tmp_path):
