@@ -25,7 +25,7 @@ demo: $(READY)
 	$(BIN)/clipflow demo -o $(DEMO)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto \
 	    tests/test_ops.py tests/test_ops_out.py tests/test_ops_properties.py \
 	    tests/test_pictures_of_backends.py \

@@ -1,6 +1,7 @@
 """Memory: estimates equal what is held, what cannot fit is refused, offloading changes no bit."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -393,7 +394,8 @@ def can_reset_its_peak():
 @pytest.mark.skipif(not can_reset_its_peak(), reason="the system tells no peak of a process")
 def test_a_call_takes_what_is_estimated():
     script = Path(__file__).with_name("peak_of_a_call.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    here = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=here)
     assert done.returncode == 0, done.stderr
     ratios = json.loads(done.stdout)
     assert 0.6 < ratios["sample"] < 1.3 and 0.6 < ratios["all"] < 1.3, ratios

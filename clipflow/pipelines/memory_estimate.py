@@ -19,7 +19,7 @@ import torch
 from clipflow.errors import InputError
 from clipflow.models.dits.linears import can_quantize
 from clipflow.models.dits.sana import SanaConfig, SanaTransformer
-from clipflow.models.dits.sana_quantized import operand_bytes, quantized_bytes
+from clipflow.models.dits.sana_quantized import quantized_bytes
 from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.models.unilip.sizes import parameter_counts
 from clipflow.pipelines.activations import (
@@ -218,14 +218,13 @@ def estimate(config: UniLIPConfig, counts: Mapping[str, int], call: CallShape) -
     language = language_activations(config.text, rows, positions, call.dtype)
     if call.edit:
         language = max(language, vision_activations(config.vision, call.prompts, call.dtype))
-    plan = dit.plan_bytes(spec) + (operand_bytes(dit, spec) if quantized else 0)
     shape = (call.images, *call.size[:2])
     return MemoryEstimate(
         weights=weight_bytes(counts, call.dtype),
         quantized_weights=quantized_bytes(dit, call.device) if quantized else 0,
         decoder_kernels=decoder_kernels(config.decoder, shape) if call.device == CPU else 0,
         conditions=rows * positions * config.dit.caption_channels * call.dtype.itemsize,
-        plan=plan + _loop_bytes(spec),
+        plan=dit.plan_bytes(spec) + _loop_bytes(spec),
         language=language,
         sampling=2 * spec.rows * spec.tokens * config.dit.hidden_size * call.dtype.itemsize,
         decode=decode_activations(config.decoder, shape, call.device),

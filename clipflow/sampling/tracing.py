@@ -8,7 +8,10 @@ from collections.abc import Callable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Ops that make no kernel run: memory from the allocator, and shapes.
-_SILENT = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "lift_fresh"}
+_SILENT = {
+    "empty", "empty_like", "empty_strided", "new_empty", "detach", "alias", "lift_fresh",
+    "promote_types", "_unsafe_view",
+}  # fmt: skip
 
 
 def kernels_of(run: Callable[[], object]) -> dict[str, int]:
@@ -25,6 +28,6 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
-        if not func.is_view and name not in _SILENT and name != "_unsafe_view":
+        if not func.is_view and name not in _SILENT:
             self.counts[name] += 1
         return func(*args, **(kwargs or {}))

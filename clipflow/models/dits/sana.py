@@ -183,10 +183,12 @@ class SanaTransformer(nn.Module):
         return (QuantizedSanaDenoiser if quantized else SanaDenoiser)(self, spec)
 
     def plan_bytes(self, spec: PlanSpec) -> int:
-        """Bytes that `denoiser` allocates, less what it keeps of the weights themselves."""
+        """Bytes that `denoiser` allocates, less what is made of the weights, 8-bit ones too."""
         from clipflow.models.dits.sana_denoiser import plan_bytes
+        from clipflow.models.dits.sana_quantized import operand_bytes
 
-        return plan_bytes(self, spec)
+        operands = operand_bytes(self, spec) if spec.tier == "fast" else 0
+        return plan_bytes(self, spec) + operands
 
     def embed_latents(self, latents: Tensor) -> Tensor:
         """Tokens [B, h*w, D] of `latents` [B, in_channels, h, w], position table included."""
