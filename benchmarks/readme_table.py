@@ -19,7 +19,8 @@ Result = dict[str, object]
 README = RESULTS.parents[1] / "README.md"
 BEGIN = "<!-- speed: written by benchmarks/readme_table.py -->"
 END = "<!-- end of speed -->"
-TIERS = {"faithful": "faithful (float32)", "fast": "fast (int8)"}
+TIERS = {"faithful": "float32", "fast": "int8"}
+PEERS = {"diffusers eager": "eager", "diffusers Inductor": "Inductor"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,18 +102,18 @@ def sampling_part(sampling: Result) -> str:
         "A guided sampling step of UniLIP's transformer (random weights, 256 tokens, "
         "`clipflow bench sampling`) against diffusers' own module in UniLIP's loop:"
     )
-    lines = [filled(head), "", "| tier | model | diffusers, eager | diffusers, Inductor |"]
-    lines.append("|---|---|---|---|")
-    for tier, name in TIERS.items():
-        for what, model in dict.fromkeys((w, m) for w, m, c, _ in found if c == tier):
-            if not what.startswith("step") or model == "all":
-                continue
-            cells = [
-                mean_and_worst(s) if (s := found.get((what, model, tier, peer))) else ""
-                for peer in ("diffusers eager", "diffusers Inductor")
-            ]
-            size = f"{model}, {blocks_of(sampling, what, model)} blocks"
-            lines.append(f"| {name} | {size} | {' | '.join(cells)} |")
+    columns = [(tier, peer) for tier in TIERS for peer in PEERS]
+    titles = [f"{TIERS[tier]}: {PEERS[peer]}" for tier, peer in columns]
+    lines = [filled(head), "", f"| model | {' | '.join(titles)} |", "|---" * 5 + "|"]
+    for what, model in dict.fromkeys((what, model) for what, model, _, _ in found):
+        if not what.startswith("step") or model == "all":
+            continue
+        cells = [
+            f"{s['geomean']:.2f} ({s['worst']:.2f})" if (s := found.get((what, model, *c))) else ""
+            for c in columns
+        ]
+        size = f"{model}, {blocks_of(sampling, what, model)} blocks"
+        lines.append(f"| {size} | {' | '.join(cells)} |")
     lines.append("")
     if image := sampling.get("image"):
         rows = {row["name"]: row for row in image["rows"]}
