@@ -20,7 +20,7 @@ from torch import nn
 
 from clipflow.acceleration.checks import check_type, check_untouched, full_name, refuse
 from clipflow.errors import AccelerationError
-from clipflow.registry import use_backend
+from clipflow.registry import chosen_backend, use_backend
 
 TIERS = ("faithful", "fast")
 MARK = "_clipflow_acceleration"
@@ -243,7 +243,9 @@ def check_specimen(recipe: Recipe) -> None:
     """
     if recipe.specimen is None:
         return
-    with torch.random.fork_rng([]), torch.device("cpu"), torch.no_grad(), use_backend("eager"):
+    # A backend is chosen for all threads: only one that may not run on a CPU is changed.
+    backend = "eager" if chosen_backend() == "triton" else chosen_backend()
+    with torch.random.fork_rng([]), torch.device("cpu"), torch.no_grad(), use_backend(backend):
         model, call = recipe.specimen()
         expected = model(**call)[0]
         Acceleration(model, "faithful", recipe.replacements(model))
