@@ -10,7 +10,7 @@ from functools import reduce
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from clipflow.errors import InputError
 from clipflow.models.unilip import UniLIPConfig, UniLIPModel
@@ -18,6 +18,7 @@ from clipflow.models.unilip.checkpoint import open_weights, read_config
 from clipflow.models.unilip.keys import map_names, skipped_names
 from clipflow.models.unilip.loading import read_unilip_config
 from clipflow.models.unilip.sizes import count_shapes, part_of
+from clipflow.pipelines.tokenizer_files import check_tokenizer, read_tokenizer
 
 # Parts that are float32 in every dtype.
 WIDE = ("clip_down", "decoder")
@@ -123,15 +124,17 @@ def _one_line(folder: Path) -> Iterator[None]:
         raise InputError(f"{folder}: the model cannot be read: {text}") from error
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, from its tokenizer.json.
+def load_tokenizer(folder: Path, config: UniLIPConfig | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, from tokenizer.json or from vocab.json and merges.txt.
+
+    Args:
+        folder: of the model.
+        config: of the model, which the tokenizer must agree with; not checked when not given.
 
     Raises:
-        InputError: the file is missing or broken.
+        InputError: a file is missing or broken, or the special tokens are not the model's.
     """
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"{folder}: a model folder must hold tokenizer.json")
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception on broken files
-        raise InputError(f"{folder / 'tokenizer.json'}: cannot be read: {error}") from error
+    tokenizer = read_tokenizer(folder)
+    if config is not None:
+        check_tokenizer(tokenizer, config, folder)
+    return tokenizer

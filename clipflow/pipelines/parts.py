@@ -20,7 +20,12 @@ from clipflow.pipelines.generation_defaults import GenerationDefaults
 from clipflow.pipelines.image_io import ImageInput, write_atomically
 from clipflow.pipelines.image_processor import FILE_NAME as PROCESSOR_FILE
 from clipflow.pipelines.image_processor import ImageProcessor
-from clipflow.pipelines.loading import load_tokenizer, load_unilip, summarize_folder
+from clipflow.pipelines.loading import (
+    load_tokenizer,
+    load_unilip,
+    read_unilip_folder,
+    summarize_folder,
+)
 from clipflow.pipelines.memory_estimate import MemoryEstimator
 from clipflow.pipelines.model_folders import find_model
 from clipflow.pipelines.offload import LANGUAGE, Offload
@@ -93,10 +98,11 @@ class UniLIPParts:
         dtype = _weight_dtype(folder, dtype)
         device = torch.device(device or "cpu")
         offloaded = should_offload(folder, device, dtype, tier, offload)
+        tokenizer = load_tokenizer(folder, read_unilip_folder(folder))  # quick, so before weights
         model = load_unilip(folder, dtype=dtype, device="cpu" if offloaded else device)
         pipeline = cls(
             model,
-            load_tokenizer(folder),
+            tokenizer,
             image_processor=ImageProcessor.from_folder(folder, model.config),
             defaults=GenerationDefaults.from_folder(folder, model.config),
             tier=tier,
