@@ -88,7 +88,7 @@ def _vocabulary(size: int) -> dict[str, int]:
     return {word: place for place, word in enumerate(words)}
 
 
-def _fast_tokenizer(vocabulary: dict[str, int]):  # noqa: ANN202
+def _fast_tokenizer(vocabulary: dict[str, int]):
     from tokenizers import (
         AddedToken,
         Regex,

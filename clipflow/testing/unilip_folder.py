@@ -178,7 +178,7 @@ def _write_weights(
     hidden = not progress if progress is not None else total < SHOW_PROGRESS_FROM
     with tqdm(total=total, unit="B", unit_scale=True, disable=hidden) as bar:
 
-        def write(name: str, take) -> None:  # noqa: ANN001
+        def write(name: str, take) -> None:
             shape, dtype = planned[name]
             weights.write(names.get(name, name), shape, dtype, take)
             bar.update(math.prod(shape) * dtype.itemsize)
