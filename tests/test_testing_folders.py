@@ -11,8 +11,15 @@ from test_unilip_keys import reference_shapes, reverse_mapped
 from transformers import Qwen2TokenizerFast
 
 from clipflow.errors import InputError
-from clipflow.models.unilip.published import VOCABULARY
-from clipflow.testing import plan_tensors, size_config, write_tokenizer, write_unilip_folder
+from clipflow.models.unilip.published import VOCABULARY, config_from_published
+from clipflow.testing import (
+    SIZES,
+    plan_tensors,
+    published_config,
+    size_config,
+    write_tokenizer,
+    write_unilip_folder,
+)
 from clipflow.testing.__main__ import main
 from clipflow.testing.published_config import PUBLISHED_ROWS
 from clipflow.testing.random_weights import BLOCK, RandomWeights, scale_of
@@ -49,6 +56,15 @@ def test_names_and_shapes_are_those_of_the_published_files(size, prefixes):
         reference
     )
     assert {dtype for _, dtype in tensors.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_written_config_and_shapes_say_what_the_model_is(size, tied):
+    config = size_config(size, tied=tied)
+    shapes = {name: shape for name, (shape, _) in plan_tensors(config, torch.float16).items()}
+    values = json.loads(json.dumps(published_config(config)))
+    assert config_from_published(values, shapes) == config
 
 
 def test_rows_of_the_embeddings():
