@@ -29,7 +29,7 @@ FORMS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_unilip_folder(tmp_path_factory.mktemp("published") / "tiny", tokenizer="fast")
+    return write_unilip_folder(tmp_path_factory.mktemp("published") / "tiny")
 
 
 @pytest.fixture(scope="module")
