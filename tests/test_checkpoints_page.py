@@ -1,0 +1,64 @@
+"""What the documentation says of published checkpoints runs as it is printed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from clipflow.cli import main
+from clipflow.testing import __main__ as testing
+from clipflow.testing import write_unilip_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+TITLE = "Use a published checkpoint"
+FENCE = re.compile(r"^```(python|sh)\n(.*?)^```", re.M | re.S)
+FOLDER = re.compile(r"\bUniLIP-(?:tiny|1B|3B)\b")
+
+
+def sections():
+    """Page -> its text of that title, where it has one."""
+    found = {}
+    for page in ("docs/checkpoints.md", "README.md"):
+        pattern = rf"^(#+) {TITLE}\n(.*)"
+        match = re.search(pattern, (ROOT / page).read_text(), re.M | re.S)
+        if match:
+            # Up to the next title of that level.
+            found[page] = re.split(rf"^{match[1]} ", match[2], flags=re.M)[0]
+    return found
+
+
+def test_the_page_is_there():
+    assert "docs/checkpoints.md" in sections()
+
+
+@pytest.mark.parametrize("page", sections())
+def test_every_block_runs(page, tmp_path, monkeypatch, capsys):
+    """In order and in one folder, as somebody would copy them; small folders stand for large."""
+    text = sections()[page]
+    monkeypatch.chdir(tmp_path)
+    blocks = FENCE.findall(text)
+    assert {kind for kind, _ in blocks} == {"python", "sh"}
+    made = re.findall(r"python -m clipflow\.testing (\S+)", text)
+    for name in {*FOLDER.findall(text)} - {Path(name).name for name in made}:
+        write_unilip_folder(name)
+    values = {}
+    for kind, code in blocks:
+        if kind == "python":
+            exec(compile(code, page, "exec"), values)
+        else:
+            for line in code.splitlines():
+                run_line(line, page)
+    assert list(tmp_path.glob("*.png"))
+
+
+def run_line(line, page):
+    """A command of clipflow, in this process."""
+    words = shlex.split(line, comments=True)
+    if not words or words[0] in ("pip", "git", "huggingface-cli", "hf", "make"):
+        return
+    if words[:3] == ["python", "-m", "clipflow.testing"]:
+        assert testing.main([*words[3:]]) == 0, line
+        return
+    assert words[0] == "clipflow", f"{page}: {line}"
+    assert main(words[1:]) == 0, line
