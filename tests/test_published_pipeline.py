@@ -134,6 +134,24 @@ def test_half_precision(pipe, folder):
     assert 1e-5 < far(latents(loaded, latents=noise, generator=None), full) < 0.1
 
 
+def test_stored_dtypes_and_what_has_no_use(pipe, tmp_path):
+    """dtype="auto" keeps the file's bits, also through saving; training's tensors are left out."""
+    extra = {"model.gen_vision_tower.layer.weight": (64, 64), "model.dcae.encoder.conv.bias": (32,)}
+    folder = write_unilip_folder(
+        tmp_path / "extra", extra_tensors=extra, decoder_dtype=torch.float32
+    )
+    first = load(folder, dtype="auto")
+    stored = load_file(folder / "model.safetensors")
+    first.save_pretrained(tmp_path / "saved")
+    for kept in (first, load(tmp_path / "saved", dtype="auto")):
+        state = kept.model.state_dict()
+        assert len(state) == len(stored) - len(extra)
+        for name in stored.keys() - extra.keys():
+            assert state[own_name(name)].dtype == stored[name].dtype, name
+            assert torch.equal(state[own_name(name)], stored[name]), name
+    assert torch.equal(latents(load(folder)), latents(pipe))
+
+
 def half_state(pipe):
     return list(pipe.model.state_dict().items())
 
