@@ -17,14 +17,21 @@ FOLDER = re.compile(r"\bUniLIP-(?:tiny|1B|3B)\b")
 
 
 def sections():
-    """Page -> its text of that title, where it has one."""
+    """Page -> its text below that title, up to the next title that is not below it."""
     found = {}
     for page in ("docs/checkpoints.md", "README.md"):
-        pattern = rf"^(#+) {TITLE}\n(.*)"
-        match = re.search(pattern, (ROOT / page).read_text(), re.M | re.S)
-        if match:
-            # Up to the next title of that level.
-            found[page] = re.split(rf"^{match[1]} ", match[2], flags=re.M)[0]
+        inside, level, is_code = [], 0, False
+        for line in (ROOT / page).read_text().splitlines(keepends=True):
+            is_code ^= line.startswith("```")
+            title = None if is_code else re.match(r"(#+) (.*)", line)
+            if level and title and len(title[1]) <= level:
+                break
+            if level:
+                inside.append(line)
+            elif title and title[2] == TITLE:
+                level = len(title[1])
+        if level:
+            found[page] = "".join(inside)
     return found
 
 
