@@ -11,7 +11,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from clipflow.models.unilip.checkpoint import check_shapes, listed, open_weights, read_config
+from clipflow.models.unilip.checkpoint import (
+    Weights,
+    check_shapes,
+    listed,
+    open_weights,
+    read_config,
+)
 from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.models.unilip.keys import map_names
 from clipflow.models.unilip.published import MODEL_TYPE as PUBLISHED_TYPE
@@ -39,17 +45,10 @@ def load_model(
     """
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"load: dtype must be a floating point type, got {dtype}")
-    values = read_config(directory)
-    weights = open_weights(directory)
-    names = map_names(weights.shapes)
-    shapes = {own: weights.shapes[found] for own, found in names.items()}
-    config = read_unilip_config(values, shapes)
-    model = _without_memory(cls, config, shapes)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_shapes(wanted, shapes, str(directory))
+    model, weights, names = open_model(cls, directory)
     weights.expect_reading()
     state, extremes = {}, {}
-    for own in wanted:
+    for own in model.state_dict():
         tensor = weights.read(names[own], _dtype_of(own, dtype), device)
         extremes[own] = torch.stack(torch.aminmax(tensor)).float()
         state[own] = tensor
@@ -57,6 +56,24 @@ def load_model(
     model.load_state_dict(state, assign=True)
     materialize_rotary(model, device)
     return model.eval()
+
+
+def open_model(cls: type[M], directory: str | Path) -> tuple[M, Weights, dict[str, str]]:
+    """(`cls` on the meta device, its weights, our names -> names in the files).
+
+    Everything is checked but the values of the weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`.
+    """
+    values, weights = read_config(directory), open_weights(directory)
+    names = map_names(weights.shapes)
+    shapes = {own: weights.shapes[found] for own, found in names.items()}
+    config = read_unilip_config(values, shapes)
+    model = _without_memory(cls, config, shapes)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_shapes(wanted, shapes, str(directory))
+    return model, weights, names
 
 
 def load_config(directory: str | Path) -> UniLIPConfig:
