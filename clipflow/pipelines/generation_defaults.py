@@ -24,6 +24,7 @@ class GenerationDefaults:
     num_inference_steps: int
     solver: str
     max_new_tokens: int
+    eos_token_ids: tuple[int, ...] = ()  # that end an answer, besides the model's end of turn
 
     @classmethod
     def from_folder(cls, folder: Path | None, config: UniLIPConfig) -> GenerationDefaults:
@@ -38,6 +39,7 @@ class GenerationDefaults:
             num_inference_steps=values.get("default_num_inference_steps", DEFAULT_STEPS),
             solver=values.get("default_solver", DEFAULT_SOLVER),
             max_new_tokens=values.get("max_new_tokens", 64),
+            eos_token_ids=_token_ids(values.get("eos_token_id"), config),
         )
         check_steps(defaults.num_inference_steps)
         check_guidance(defaults.guidance_scale)
@@ -51,7 +53,20 @@ class GenerationDefaults:
             "default_solver": self.solver,
             "max_new_tokens": self.max_new_tokens,
         }
+        if self.eos_token_ids:
+            values["eos_token_id"] = list(self.eos_token_ids)
         return json.dumps(values, indent=2) + "\n"
+
+
+def _token_ids(value: object, config: UniLIPConfig) -> tuple[int, ...]:
+    """The ids in an "eos_token_id": a number, a list of them, or null."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    size = config.text.vocab_size
+    if not all(type(token) is int and 0 <= token < size for token in ids):
+        raise InputError(
+            f"{FILE_NAME}: eos_token_id must be whole numbers below {size}, got {value!r}"
+        )
+    return tuple(ids)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
