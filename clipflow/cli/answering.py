@@ -12,6 +12,7 @@ from clipflow.cli.arguments import (
     guidance,
     probability,
     seed,
+    text,
 )
 
 if TYPE_CHECKING:
@@ -52,7 +53,11 @@ def add_answer_options(parser: argparse.ArgumentParser, *, tiles: int) -> None:
         help="draw from the K likeliest tokens (default: all)",
     )
     group.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end before this text; may be repeated"
+        "--stop",
+        action="append",
+        type=text,
+        metavar="TEXT",
+        help="end before this text; may be repeated",
     )
     group.add_argument("--seed", type=seed, help="of what is random")
 

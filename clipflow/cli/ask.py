@@ -25,7 +25,9 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from clipflow.pipelines.image_io import load_image
+    from clipflow.pipelines.prompts import check_text
 
+    check_text("question", args.question)
     images = [load_image(image) for image in args.images]
     pipe = load_pipeline(args)
     messages = [user_message(images, args.question)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 
 from clipflow.cli.answering import add_answer_options, answer_options, print_answer, user_message
 from clipflow.cli.arguments import add_command, add_model_options, load_pipeline
@@ -29,20 +30,19 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from clipflow.errors import InputError
     from clipflow.pipelines.image_io import load_image
+    from clipflow.pipelines.prompts import check_text
 
     images = [load_image(image) for image in args.images]
     pipe = load_pipeline(args)
-    shown = sys.stdin.isatty()
-    if shown:
-        print("An empty line ends the conversation.")
+    asked_for = sys.stdin.isatty()
     messages: list[dict[str, object]] = []
     options = answer_options(args)
-    while line := _next_line(shown):
-        message = user_message(images if not messages else [], line)
+    for line in _lines(asked_for):
         try:
+            message = user_message([] if messages else images, check_text("message", line))
             answer = print_answer(pipe.chat([*messages, message], stream=True, **options))
         except InputError as error:
-            if not shown:
+            if not asked_for:
                 raise
             print(f"clipflow: error: {error}", file=sys.stderr)
             continue
@@ -52,10 +52,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _next_line(shown: bool) -> str:
-    """What the user says next; empty at the end of the input, and where the user ends it."""
-    try:
-        line = input(PROMPT if shown else "").strip()
-    except EOFError:
-        return ""
-    return "" if line == "/exit" else line
+def _lines(asked_for: bool) -> Iterator[str]:
+    """What the user says, up to the end of the input or "/exit"; blank lines say nothing."""
+    if asked_for:
+        print("/exit or the end of the input ends the conversation.")
+    while True:
+        try:
+            line = input(PROMPT if asked_for else "").strip()
+        except EOFError:
+            return
+        if line == "/exit":
+            return
+        if line:
+            yield line
