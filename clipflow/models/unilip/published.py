@@ -173,6 +173,7 @@ def _config(
         image_mean=IMAGENET_MEAN,
         image_std=IMAGENET_STD,
         system_message=SYSTEM_MESSAGE,
+        noise_dtype="bfloat16",  # what the reference runs in
     )
 
 
