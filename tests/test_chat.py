@@ -11,6 +11,7 @@ from tiny_pipeline import tiny_pipeline
 
 from clipflow.cli import main
 from clipflow.errors import InputError, SamplingError, ShapeError
+from clipflow.models.unilip.published import unilip_1b_config
 from clipflow.models.unilip.reading import Reading
 from clipflow.pipelines.answers import Answer, AnswerEnd, text_pieces
 from clipflow.pipelines.conversation import conversations_of
@@ -202,7 +203,7 @@ def test_drawn_tokens_have_the_probabilities_of_the_definition(temperature, top_
     (found,) = sampling.probabilities(logits[None])
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
 
-    count = 20_000
+    count = 6000
     drawn = sampling.choose(logits.expand(count, -1), dice(7) * count)
     shares = torch.bincount(drawn, minlength=12) / count
     assert bool((shares[wanted == 0] == 0).all())
@@ -359,6 +360,11 @@ def test_a_folder_may_name_tokens_that_end_answers(pipe, tmp_path):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": bad}))
         with pytest.raises(InputError, match="eos_token_id must be whole numbers below"):
             GenerationDefaults.from_folder(tmp_path, config)
+
+
+def test_the_longest_answer_of_a_model_that_does_not_say(pipe):
+    assert pipe.defaults.max_new_tokens == 2048 // 16
+    assert GenerationDefaults.from_folder(None, unilip_1b_config()).max_new_tokens == 512
 
 
 # What is read once

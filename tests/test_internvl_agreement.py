@@ -16,6 +16,7 @@ from transformers import (
     InternVLVisionConfig,
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from unilip_fixture import load_fixture
 
 from clipflow.models.unilip.model import _qwen2_config
 from clipflow.models.unilip.reading import Reading
@@ -146,8 +147,12 @@ def pipe(request):
 
 @pytest.fixture(scope="module")
 def internvl(pipe):
-    config = pipe.model.config
-    vision = config.vision
+    return internvl_of(pipe.model)
+
+
+def internvl_of(model):
+    """Transformers' model with the sizes and the weights of ours."""
+    vision, text, tokens = model.config.vision, model.config.text, model.config.tokens
     theirs = InternVLForConditionalGeneration(
         InternVLConfig(
             vision_config=InternVLVisionConfig(
@@ -160,14 +165,14 @@ def internvl(pipe):
                 layer_norm_eps=vision.layer_norm_eps,
                 attention_bias=True,
             ),
-            text_config=_qwen2_config(config.text),
-            image_token_id=config.tokens.img_context,
-            image_seq_length=config.latent_side**2,
-            tie_word_embeddings=config.text.tie_word_embeddings,
+            text_config=_qwen2_config(text),
+            image_token_id=tokens.img_context,
+            image_seq_length=model.config.latent_side**2,
+            tie_word_embeddings=text.tie_word_embeddings,
         )
     ).eval()
-    state = internvl_state(pipe.model)
-    if config.text.tie_word_embeddings:
+    state = internvl_state(model)
+    if text.tie_word_embeddings:
         state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
     theirs.load_state_dict(state)  # every one of theirs is given
     return theirs
@@ -314,3 +319,36 @@ def test_ask_sees_one_tile(pipe, internvl, processor):
     tiled = pipe.ask(WIDE, "Read the sign.", max_new_tokens=NEW_TOKENS, max_tiles=12)
     alike = pipe.chat(CONVERSATIONS["tiles and thumbnail"], max_new_tokens=NEW_TOKENS)
     assert tiled == alike != text
+
+
+@torch.no_grad()
+def test_the_recorded_model_agrees_at_its_published_picture_size():
+    """448 px, 256 tokens a tile; two pictures of two tiles and one, then a text."""
+    model = load_fixture().model
+    dice = torch.Generator().manual_seed(0)
+    pixels = torch.randn(3, 3, 448, 448, generator=dice)
+    tokens, text = model.config.tokens, torch.randint(5, 200, (12,), generator=dice).tolist()
+    assert model.config.latent_side**2 == 256
+    shown = [
+        token
+        for tiles in (2, 1)
+        for token in (tokens.img_start, *[tokens.img_context] * (256 * tiles), tokens.img_end)
+    ]
+    ids = torch.tensor([text[:6] + shown + text[6:]])
+    mask = torch.ones_like(ids)
+    output = internvl_of(model).generate(
+        input_ids=ids,
+        attention_mask=mask,
+        pixel_values=pixels,
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=model.config.text.vocab_size,
+        pad_token_id=tokens.pad,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    reading = Reading(model, ids, mask, model.encode_image(pixels), room=6)
+    for token, logits in zip(output.sequences[0, ids.shape[1] :], output.logits, strict=True):
+        near(reading.next_logits, logits)
+        assert reading.next_logits.argmax() == token
+        reading.extend(token[None])

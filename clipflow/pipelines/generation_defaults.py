@@ -14,6 +14,7 @@ from clipflow.pipelines.options import check_guidance, check_solver, check_steps
 FILE_NAME = "generation_config.json"
 DEFAULT_STEPS = 20
 DEFAULT_SOLVER = "dpmpp_2m"
+MAX_NEW_TOKENS, POSITIONS_PER_NEW_TOKEN = 512, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class GenerationDefaults:
             guidance_scale=values.get("default_guidance_scale", config.default_guidance_scale),
             num_inference_steps=values.get("default_num_inference_steps", DEFAULT_STEPS),
             solver=values.get("default_solver", DEFAULT_SOLVER),
-            max_new_tokens=values.get("max_new_tokens", 64),
+            max_new_tokens=values.get("max_new_tokens", _new_tokens(config)),
             eos_token_ids=_token_ids(values.get("eos_token_id"), config),
         )
         check_steps(defaults.num_inference_steps)
@@ -56,6 +57,12 @@ class GenerationDefaults:
         if self.eos_token_ids:
             values["eos_token_id"] = list(self.eos_token_ids)
         return json.dumps(values, indent=2) + "\n"
+
+
+def _new_tokens(config: UniLIPConfig) -> int:
+    """The longest answer of a model that does not say: a small part of what it can read."""
+    positions = config.text.max_position_embeddings
+    return min(MAX_NEW_TOKENS, max(1, positions // POSITIONS_PER_NEW_TOKEN))
 
 
 def _token_ids(value: object, config: UniLIPConfig) -> tuple[int, ...]:

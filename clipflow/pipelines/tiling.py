@@ -9,6 +9,7 @@ Source: Chen et al., "How Far Are We to GPT-4V?" (2024), section 3.3.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from hashlib import sha256
 
 from PIL import Image
 
@@ -99,7 +100,7 @@ class TileSet:
 
     def _placed(self, tiles: Iterable[Image.Image]) -> Iterable[int]:
         for tile in tiles:
-            place = self._known.setdefault(tile.tobytes(), len(self.tiles))
+            place = self._known.setdefault(sha256(tile.tobytes()).digest(), len(self.tiles))
             if place == len(self.tiles):
                 self.tiles.append(tile)
             yield place
