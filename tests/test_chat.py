@@ -112,6 +112,7 @@ def test_ask_is_a_chat_of_one_question(pipe):
 
 MALFORMED = [
     ("hello", r"messages must be a list of at least one message, got 'hello'"),
+    ("hello " * 20, r"got '[helo ]{40}\.\.\.'"),
     ([], "got an empty list"),
     ([[]], r"messages\[0\] must be a list of at least one message, got an empty list"),
     ([[said("user", "a")], said("user", "b")], r"messages\[0\] must be a dict of role and content"),
@@ -120,6 +121,7 @@ MALFORMED = [
     ([said("user", "a") | {"name": "b"}], "got 'role', 'content', 'name'"),
     ([said("tool", "a")], "role must be one of system, user, assistant, got 'tool'"),
     ([said("user", "a"), said("system", "b")], "a system message must be the first"),
+    ([said(["user"], "a")], "role must be one of system, user, assistant, got list"),
     ([said("system", "a")], "must end with a message of the user, got 'system'"),
     ([said("user", "a"), said("assistant", "b")], "end with a message of the user, got 'as"),
     ([said("user", "")], r"messages\[0\]: content\[0\] must not be empty"),
@@ -407,6 +409,30 @@ def test_beginnings_end_before_a_picture_that_only_some_rows_have(pipe):
     wanted = [pipe.chat(messages, max_new_tokens=5) for messages in batch]
     answers, passes = counted(pipe, lambda: pipe.chat(batch, max_new_tokens=5))
     assert answers == wanted and passes[0][0] in (2, 3)
+
+
+@torch.no_grad()
+def test_no_beginning_ends_in_a_picture(pipe):
+    context = pipe.model.config.tokens.img_context
+    row = [7, 8, 9, 10, 11, 12, 13, 14, context, context, context, context]
+    ids = torch.tensor([[0, 0, *row], [*row, 15, 16], [*row, 17, 18]])
+    mask = torch.tensor([[0] * 2 + [1] * 12, [1] * 14, [1] * 14])
+    features = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
+    pictures = torch.zeros(3, dtype=torch.int64)
+    reading, passes = counted(
+        pipe, lambda: Reading(pipe.model, ids, mask, features, room=1, pictures=pictures)
+    )
+    assert passes == [(1, 8), (3, 6)]
+    for index in range(3):
+        alone = ids[index : index + 1, mask[index].bool()]
+        wanted = Reading(pipe.model, alone, torch.ones_like(alone), features, room=1).next_logits
+        torch.testing.assert_close(reading.next_logits[index], wanted[0], atol=1e-4, rtol=1e-4)
+
+
+def test_chat_in_bfloat16():
+    half = tiny_chat(system=SYSTEM).to(torch.bfloat16)
+    answers = half.chat(BATCH, generator=dice(0, 1, 2), **OPTIONS)
+    assert all(isinstance(answer, str) for answer in answers) and any(answers)
 
 
 @torch.no_grad()

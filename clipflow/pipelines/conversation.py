@@ -10,6 +10,7 @@ from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.prompts import Prompts, check_text
 
 ROLES = ("system", "user", "assistant")
+MOST_SHOWN = 40  # characters of a text, in an error
 
 # {"role": "system" | "user" | "assistant", "content": str or a list of
 #  {"type": "text", "text": str} and {"type": "image", "image": ImageInput}}
@@ -73,7 +74,7 @@ class Conversation:
             raise InputError(f"{name} must have the keys 'role' and 'content', got {found}")
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            raise InputError(f"{name}: role must be one of {', '.join(ROLES)}, got {role!r}")
+            raise InputError(f"{name}: role must be one of {', '.join(ROLES)}, got {_shown(role)}")
         if role == "system" and self.turns:
             raise InputError(f"{name}: a system message must be the first, got it later")
         if role == "system" and content == "":
@@ -129,4 +130,6 @@ def conversations_of(messages: Messages | Sequence[Messages]) -> tuple[list[Conv
 def _shown(value: object) -> str:
     if isinstance(value, (list, tuple)) and not value:
         return "an empty list"
-    return repr(value) if isinstance(value, str) else type(value).__name__
+    if isinstance(value, str):
+        return repr(value if len(value) <= MOST_SHOWN else value[:MOST_SHOWN] + "...")
+    return type(value).__name__
