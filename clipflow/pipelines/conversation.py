@@ -73,11 +73,11 @@ class Conversation:
             found = ", ".join(map(repr, message)) or "nothing"
             raise InputError(f"{name} must have the keys 'role' and 'content', got {found}")
         role, content = message["role"], message["content"]
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise InputError(f"{name}: role must be one of {', '.join(ROLES)}, got {_shown(role)}")
         if role == "system" and self.turns:
             raise InputError(f"{name}: a system message must be the first, got it later")
-        if role == "system" and content == "":
+        if role == "system" and isinstance(content, str) and not content:
             self.turns.append((role, []))  # instead of the model's own
             return
         if isinstance(content, str):
@@ -92,9 +92,9 @@ class Conversation:
 
     def _part(self, part: object, role: str, name: str) -> str | None:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in ("text", "image"):
+        if not isinstance(kind, str) or kind not in ("text", "image"):
             raise InputError(
-                f"{name} must be a dict of type 'text' or 'image', got {_shown(kind or part)}"
+                f"{name} must be a dict of type 'text' or 'image', got {_shown(part if kind is None else kind)}"
             )
         if part.get(kind) is None:
             found = ", ".join(map(repr, part))
