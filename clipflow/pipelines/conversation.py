@@ -93,9 +93,8 @@ class Conversation:
     def _part(self, part: object, role: str, name: str) -> str | None:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if not isinstance(kind, str) or kind not in ("text", "image"):
-            raise InputError(
-                f"{name} must be a dict of type 'text' or 'image', got {_shown(part if kind is None else kind)}"
-            )
+            found = _shown(part if kind is None else kind)
+            raise InputError(f"{name} must be a dict of type 'text' or 'image', got {found}")
         if part.get(kind) is None:
             found = ", ".join(map(repr, part))
             raise InputError(f"{name} of type {kind!r} must have the key {kind!r}, got {found}")
