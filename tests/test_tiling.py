@@ -1,5 +1,6 @@
 """Dynamic tiling against transformers' processor of the same scheme, and its tiles by hand."""
 
+import dataclasses
 import random
 
 import numpy as np
@@ -110,20 +111,61 @@ def test_equal_tiles_are_kept_once(tmp_path):
     assert tiles.add([blank]) == [9] and len(tiles.tiles) == 5
 
 
-def test_the_vision_tower_sees_each_tile_once_and_some_at_a_time(monkeypatch):
-    pipe = tiny_chat()
-    seen = []
-    encode = pipe.model.encode_image
+def asked(*images):
+    shown = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": "what?"}]}]
+
+
+@pytest.fixture
+def pipe():
+    return tiny_chat()
+
+
+@pytest.fixture
+def seen(pipe, monkeypatch):
+    """How many tiles each pass through the vision tower had."""
+    counts, encode = [], pipe.model.encode_image
     monkeypatch.setattr(
-        pipe.model, "encode_image", lambda pixels: seen.append(len(pixels)) or encode(pixels)
+        pipe.model, "encode_image", lambda pixels: counts.append(len(pixels)) or encode(pixels)
     )
+    return counts
+
+
+def test_the_vision_tower_sees_each_tile_once_and_some_at_a_time(pipe, seen, monkeypatch):
     image = noise(200, 60)
-    content = [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]
-    messages = [{"role": "user", "content": content}]
-    wanted = pipe.chat(messages, max_new_tokens=4)
-    count = len(cut_tiles(image, size=TILE, max_tiles=12))
-    assert seen == [count] and count == 4
-    monkeypatch.setattr("clipflow.pipelines.language.PIXELS_AT_ONCE", 3 * TILE**2 + 1)
-    twice = [{"role": "user", "content": [*content[:1], *content]}]
-    answers = pipe.chat([messages, twice, messages], max_new_tokens=4)
+    wanted = pipe.chat(asked(image), max_new_tokens=4)
+    assert seen == [len(cut_tiles(image, size=TILE, max_tiles=12))] == [4]
+    pipe.feature_cache.clear()
+    monkeypatch.setattr("clipflow.pipelines.tile_features.PIXELS_AT_ONCE", 3 * TILE**2 + 1)
+    batch = [asked(image), asked(image, image), asked(image)]
+    answers = pipe.chat(batch, max_new_tokens=4)
     assert seen[1:] == [3, 1] and answers[0] == answers[2] == wanted
+
+
+def test_features_are_kept_until_the_weights_change(pipe, seen):
+    image, other = noise(60, 60), noise(60, 60, seed=1)
+    first = pipe.ask(image, "what?", max_new_tokens=4)
+    assert pipe.ask(image.copy(), "what?", max_new_tokens=4) == first and seen == [1]
+    pipe.classify([image, other], ["a", "b"])
+    assert seen == [1, 1]
+    statistics = pipe.feature_cache.statistics()
+    assert (statistics.hits, statistics.misses, statistics.entries) == (2, 2, 2)
+    assert statistics.bytes == 2 * 4 * pipe.model.config.text.hidden_size * 4
+    processor = pipe.image_processor
+    pipe.image_processor = dataclasses.replace(processor, mean=(0.1, 0.2, 0.3))
+    pipe.ask(image, "what?", max_new_tokens=4)
+    pipe.image_processor = processor
+    assert seen == [1, 1, 1]
+    with torch.no_grad():
+        pipe.model.multi_modal_projector[3].bias.add_(1)
+    pipe.ask(image, "what?", max_new_tokens=4)
+    assert seen == [1, 1, 1, 1] and pipe.feature_cache.statistics().entries == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        pipe.ask(image, "what?", max_new_tokens=1)
+    assert len(seen) == 5
+    pipe.to(torch.bfloat16).ask(image, "what?", max_new_tokens=4)
+    assert len(seen) == 6
+    pipe.feature_cache.max_bytes = 0
+    pipe.ask(image, "what?", max_new_tokens=1)
+    pipe.ask(image, "what?", max_new_tokens=1)
+    assert len(seen) == 8

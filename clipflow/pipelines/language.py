@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from clipflow.errors import InputError
 from clipflow.models.unilip.reading import Reading
@@ -27,7 +25,6 @@ Text = str | list[str] | Iterator[str]
 Ranking = list[tuple[str, float]]
 
 PICTURES_AT_ONCE = 16
-PIXELS_AT_ONCE = 8 * 448**2  # through the vision tower
 
 
 class Choice(NamedTuple):
@@ -220,12 +217,6 @@ class LanguageCalls(UniLIPParts):
         texts = [conversation.write(self.prompts, count) for conversation, count in pairs]
         ids, mask = self.prompts.rows(texts, self.device, following=room)
         places = [place for of_picture in tiles.places for place in of_picture]
-        features = self._tile_features(tiles.tiles) if tiles.tiles else None
+        features = self.tile_encoder.encode(tiles) if tiles.tiles else None
         pictures = torch.tensor(places, dtype=torch.int64)
         return Reading(self.model, ids, mask, features, room=room, pictures=pictures)
-
-    def _tile_features(self, tiles: Sequence[Image.Image]) -> Tensor:
-        """[P, N, H] of tiles of the model's size, some at a time."""
-        some = max(1, PIXELS_AT_ONCE // self.image_processor.size**2)
-        starts = range(0, len(tiles), some)
-        return torch.cat([self._features(tiles[start : start + some]) for start in starts])

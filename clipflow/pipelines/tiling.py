@@ -63,14 +63,17 @@ class TileSet:
     """The different tiles of all pictures of a call; equal ones are kept once.
 
     Attributes:
+        processor: what the tiles are cut for.
         tiles: the different ones.
+        digests: of their pixels.
         places: for each picture that was added, in order, which tiles are its own.
     """
 
     def __init__(self, processor: ImageProcessor, max_tiles: int) -> None:
+        self.processor = processor
         self.tiles: list[Image.Image] = []
+        self.digests: list[bytes] = []
         self.places: list[list[int]] = []
-        self._processor = processor
         self._max_tiles = max_tiles
         self._known: dict[bytes, int] = {}
         self._read: dict[int, list[int]] = {}
@@ -90,7 +93,7 @@ class TileSet:
         return counts
 
     def _cut(self, image: ImageInput) -> list[Image.Image]:
-        processor = self._processor
+        processor = self.processor
         return cut_tiles(
             load_image(image),
             size=processor.size,
@@ -100,9 +103,11 @@ class TileSet:
 
     def _placed(self, tiles: Iterable[Image.Image]) -> Iterable[int]:
         for tile in tiles:
-            place = self._known.setdefault(sha256(tile.tobytes()).digest(), len(self.tiles))
+            digest = sha256(tile.tobytes()).digest()
+            place = self._known.setdefault(digest, len(self.tiles))
             if place == len(self.tiles):
                 self.tiles.append(tile)
+                self.digests.append(digest)
             yield place
 
 
