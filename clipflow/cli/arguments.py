@@ -202,8 +202,18 @@ def at_least_one(value: str) -> int:
     return _whole(value, 1, 10**6)
 
 
+def at_least_none(value: str) -> int:
+    """A count that may be 0."""
+    return _whole(value, 0, 10**6)
+
+
+def probability(value: str) -> float:
+    """A probability above 0."""
+    return _number(value, "a number above 0 and at most 1", lambda number: 0 < number <= 1)
+
+
 def guidance(value: str) -> float:
-    """A guidance scale."""
+    """A guidance scale, or a temperature."""
     return _number(value, "a number of at least 0", lambda number: number >= 0)
 
 
