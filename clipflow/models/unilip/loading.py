@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clipflow.models.unilip.checkpoint import check_shapes, open_weights, read_config
 from clipflow.models.unilip.config import UniLIPConfig
+from clipflow.models.unilip.image_codec import MODEL_TYPE as TOKENIZER_TYPE
 from clipflow.models.unilip.keys import map_names
 from clipflow.models.unilip.published import MODEL_TYPE as PUBLISHED_TYPE
 from clipflow.models.unilip.published import config_from_published
@@ -63,6 +64,11 @@ def read_unilip_config(values: Mapping, shapes: Mapping[str, tuple[int, ...]]) -
     """The configuration in a config.json, ours or a published one's (which needs the shapes)."""
     if values.get("model_type") == PUBLISHED_TYPE:
         return config_from_published(values, shapes)
+    if values.get("model_type") == TOKENIZER_TYPE:
+        raise ValueError(
+            "load: must be a whole model, got a tokenizer of pictures alone, which "
+            "clipflow.UniLIPTokenizer.from_pretrained and `clipflow reconstruct` read"
+        )
     return UniLIPConfig.from_dict(values)
 
 
