@@ -1,5 +1,6 @@
 """Every name and shape of the published checkpoints, on models built without memory."""
 
+import dataclasses
 import gzip
 import json
 
@@ -105,36 +106,31 @@ def test_config_is_read_from_the_shapes(size):
 
 @pytest.mark.parametrize("with_head", [True, False])
 @pytest.mark.parametrize("rename", [str, reverse_mapped])
-def test_published_folder(tmp_path, monkeypatch, rename, with_head):
-    """The tiny fixture as a published checkpoint, once the tables hold its sizes."""
+def test_published_folder(tmp_path, rename, with_head):
+    """The tiny fixture as a published checkpoint."""
     tiny = fixture_config(TINY)
-    heads, cross = tiny.dit.num_attention_heads, tiny.dit.num_cross_attention_heads
-    size = published.PublishedSize(
-        text_width=tiny.text.hidden_size,
-        text_layers=tiny.text.num_hidden_layers,
-        text_mlp=tiny.text.intermediate_size,
-        text_heads=(tiny.text.num_attention_heads, tiny.text.num_key_value_heads),
-        dit_width=tiny.dit.hidden_size,
-        dit_layers=tiny.dit.num_layers,
-        self_heads=(heads, tiny.dit.attention_head_dim),
-        cross_heads=(cross, tiny.dit.cross_attention_head_dim),
-        unilip_factor=1.0,
-    )
-    monkeypatch.setattr(published, "SIZES", {"tiny": size})
-    monkeypatch.setattr(published, "VISION", tiny.vision)
-    monkeypatch.setattr(published, "DECODER", tiny.decoder)
-    monkeypatch.setattr(published, "TOKENS", tiny.tokens)
-    monkeypatch.setattr(published, "CAPTION_CHANNELS", tiny.dit.caption_channels)
-
     state = load_file(TINY / "model.safetensors")
     if not with_head:
         del state["lm_head.weight"]
     save_file({rename(name): tensor for name, tensor in state.items()}, tmp_path / WEIGHTS_FILE)
-    values = {**HF_CONFIG, "unilip_factor": tiny.unilip_factor, "dit_path": "elsewhere"}
+    values = {
+        **HF_CONFIG,
+        "image_token_id": tiny.tokens.img_context,
+        "pad_token_id": tiny.tokens.pad,
+        "vision_config": {"num_attention_heads": tiny.vision.num_attention_heads},
+        "unilip_factor": tiny.unilip_factor,
+        "dit_path": "elsewhere",
+    }
     (tmp_path / "config.json").write_text(json.dumps(values))
 
     model = UniLIPModel.from_pretrained(tmp_path)
-    assert model.config.unilip_factor == tiny.unilip_factor
+    wanted = dataclasses.replace(
+        tiny,
+        text=dataclasses.replace(tiny.text, tie_word_embeddings=not with_head),
+        tokens=dataclasses.replace(tiny.tokens, im_end=tiny.tokens.img_context - 22),
+        system_message=published.SYSTEM_MESSAGE,
+    )
+    assert model.config == wanted
     assert (model.lm_head is not None) == with_head
     loaded = model.state_dict()
     assert len(loaded) == len(state)
@@ -161,13 +157,10 @@ def test_vocabulary_is_read_from_the_tensor():
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ({}, "embed_tokens.weight must have 2 dimensions, got None"),
+        ({}, "patch_embedding.weight must have 4 dimensions, got no such tensor"),
         (
-            {
-                "language_model.embed_tokens.weight": (10, 64),
-                "dit.scale_shift_table": (2, 64),
-            },
-            r"must be one of \[\(896, 1152\), \(1536, 2240\)\], got \(64, 64\)",
+            own_shapes(reference_shapes("1b")) | {"dit.scale_shift_table": (2, 1024)},
+            r"the DiT must be one of \[64, 1152, 2240\] wide, .* got 1024",
         ),
     ],
 )
