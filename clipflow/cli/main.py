@@ -11,6 +11,7 @@ from clipflow.cli import (
     ask,
     bench,
     classify,
+    convert,
     demo,
     doctor,
     edit,
@@ -24,7 +25,8 @@ from clipflow.cli.arguments import HelpFormatter, OneLineParser, UsageError
 
 # In the order of --help.
 COMMANDS = (
-    demo, generate, edit, ask, classify, reconstruct, evaluate, train, bench, doctor, info,
+    demo, generate, edit, ask, classify, reconstruct, evaluate, train, convert, bench, doctor,
+    info,
 )  # fmt: skip
 
 DESCRIPTION = """\
