@@ -36,9 +36,21 @@ from clipflow.models.unilip.safetensors_writing import (
 MAX_SHARD_BYTES = 2 * 10**9
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PICKLED_SHARD = re.compile(r"pytorch_model-(\d{5})-of-(\d{5})\.bin")
+# A mapped file is opened anew after so much of it was read, so that its pages leave the process.
+MAPPED_BYTES = 1 << 28
 # What of a model's folder goes along with its weights.
 COMPANIONS = (".json", ".txt", ".jinja", ".model", ".md")
 INDEX_BYTES = 64 << 20
+
+
+@dataclass
+class _Opened:
+    """A file that is being read: what is in it, and how much of it was read."""
+
+    specs: dict[str, Spec]
+    tensor: Callable[[str], Tensor]
+    mapped: bool
+    read_bytes: int = 0
 
 
 @dataclass
@@ -59,7 +71,7 @@ class Checkpoint:
     owners: dict[str, Path] = field(default_factory=dict)
     folder: Path | None = None
     wrappers: list[str] = field(default_factory=list)
-    _opened: dict[Path, Callable[[str], Tensor]] = field(default_factory=dict)
+    _opened: dict[Path, _Opened] = field(default_factory=dict)
 
     def add(self, path: Path) -> None:
         """Take in the names, dtypes and shapes of a file.
@@ -67,7 +79,7 @@ class Checkpoint:
         Raises:
             InputError: it cannot be read, or has a name that another file has.
         """
-        specs, _ = self._open(path)
+        specs = self._open(path).specs
         twice = [name for name in specs if name in self.owners]
         if twice:
             raise InputError(f"{path}: tensors must be in one file, got {listed(twice)} in two")
@@ -77,22 +89,24 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """A tensor, mapped from its file where that can be; files stay open until `release`."""
         path = self.owners[name]
-        if path not in self._opened:
-            _, self._opened[path] = self._open(path)
-        return self._opened[path](name)
+        opened = self._opened.pop(path, None) or self._open(path)
+        opened.read_bytes += opened.specs[name].nbytes
+        if not opened.mapped or opened.read_bytes <= MAPPED_BYTES:
+            self._opened[path] = opened
+        return opened.tensor(name)
 
     def release(self) -> None:
         """Close the files that were read."""
         self._opened.clear()
 
-    def _open(self, path: Path) -> tuple[dict[str, Spec], Callable[[str], Tensor]]:
+    def _open(self, path: Path) -> _Opened:
         if path.suffix == ".safetensors":
             return _open_safetensors(path)
         found = read_pickle(path, key=self.key)
         if found.wrapper is not None and found.wrapper not in self.wrappers:
             self.wrappers.append(found.wrapper)
         specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in found.tensors.items()}
-        return specs, found.tensors.__getitem__
+        return _Opened(specs, found.tensors.__getitem__, found.mapped)
 
 
 def open_checkpoint(source: Path, *, key: str | None = None) -> Checkpoint:
@@ -302,7 +316,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return owners
 
 
-def _open_safetensors(path: Path) -> tuple[dict[str, Spec], Callable[[str], Tensor]]:
+def _open_safetensors(path: Path) -> _Opened:
     try:
         file = safe_open(path, framework="pt")
         names = {kind: dtype for dtype, kind in DTYPES.items()}
@@ -317,4 +331,4 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Spec], Callable[[str], Tens
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: must be a whole safetensors file, got {error}") from error
-    return specs, file.get_tensor
+    return _Opened(specs, file.get_tensor, mapped=True)

@@ -36,7 +36,8 @@ MAX_COPIES = 4
 
 ZIP_START = b"PK\x03\x04"
 LEGACY_START = b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"  # after two bytes of protocol
-LEGACY_PICKLES = 5  # magic number, version, system, values, names of the storages
+LEGACY_PICKLES, LEGACY_VALUES = 5, 3  # magic number, version, system, values, storages' names
+LEAST_LIMIT = 1 << 20  # numbers up to this are never too large
 TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257
 
 _STORAGES = (
@@ -79,6 +80,7 @@ class PickledTensors:
 
     tensors: dict[str, Tensor]
     wrapper: str | None
+    mapped: bool
 
 
 class _File(Protocol):
@@ -103,16 +105,16 @@ def read_pickle(path: Path, *, key: str | None = None) -> PickledTensors:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(TAR_MAGIC_AT + len(TAR_MAGIC))
-    if start.startswith(ZIP_START):
+    mapped = start.startswith(ZIP_START)
+    if mapped:
         _check_archive(path, size)
-        value = _load(path, mapped=True)
     elif start[2:].startswith(LEGACY_START):
         _check_legacy(path)
         require_bytes(size, torch.device("cpu"), f"reading {path.name}")
-        value = _load(path, mapped=False)
     else:
         raise InputError(f"{path}: must be a file that torch.save wrote, got {_content(start)}")
-    return _chosen(path, size, value, key)
+    tensors, wrapper = _chosen(path, size, _load(path, mapped=mapped), key)
+    return PickledTensors(tensors, wrapper, mapped)
 
 
 def _kind(path: Path) -> str:
@@ -138,6 +140,8 @@ def _check_archive(path: Path, size: int) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             names = [entry.filename for entry in entries]
+            if any(name.endswith("/constants.pkl") for name in names):
+                raise InputError(f"{path}: {WANTED}, got a TorchScript model")
             packed = [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED]
             if packed or sum(entry.file_size for entry in entries) > size:
                 what = packed[0] if packed else "its entries"
@@ -146,8 +150,6 @@ def _check_archive(path: Path, size: int) -> None:
                 )
             if len(set(names)) < len(names):
                 raise InputError(f"{path}: entries must be there once, got some twice")
-            if any(name.endswith("/constants.pkl") for name in names):
-                raise InputError(f"{path}: {WANTED}, got a TorchScript model")
             pickles = [entry for entry in entries if entry.filename.split("/")[1:] == ["data.pkl"]]
             if len(pickles) != 1:
                 raise InputError(
@@ -156,7 +158,9 @@ def _check_archive(path: Path, size: int) -> None:
             if pickles[0].file_size > MAX_PICKLE_BYTES:
                 raise InputError(_too_long(path, pickles[0].file_size))
             _check_pickle(path, io.BytesIO(archive.read(pickles[0])))
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # BadZipFile, EOFError, UnicodeError, struct.error, ...
         raise InputError(
             f"{path}: must be a whole zip archive, got {size} bytes: {error}"
         ) from error
@@ -164,8 +168,8 @@ def _check_archive(path: Path, size: int) -> None:
 
 def _check_legacy(path: Path) -> None:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        for _ in range(LEGACY_PICKLES):
-            _check_pickle(path, mapped, most=path.stat().st_size)
+        for index in range(LEGACY_PICKLES):
+            _check_pickle(path, mapped, most=len(mapped) if index == LEGACY_VALUES else None)
 
 
 def _check_pickle(path: Path, file: _File, *, most: int | None = None) -> None:
@@ -186,8 +190,8 @@ def _check_pickle(path: Path, file: _File, *, most: int | None = None) -> None:
                 raise InputError(f"{path}: {WANTED}, got {found}")
             if isinstance(argument, str):
                 strings = [*strings[-1:], argument]
-            if most is not None and code.name != "LONG1" and isinstance(argument, int):
-                _check_number(path, argument, most)
+            if most is not None and isinstance(argument, int):
+                _check_number(path, argument, max(most, LEAST_LIMIT))
     except InputError:
         raise
     except Exception as error:  # pickletools raises ValueError, KeyError, UnicodeError, ...
@@ -220,7 +224,9 @@ def _load(path: Path, *, mapped: bool) -> object:
     except UnpicklingError as error:
         raise InputError(f"{path}: {WANTED}, got {_first_line(error)}") from error
     except Exception as error:  # damage shows as RuntimeError, ValueError, EOFError, KeyError, ...
-        raise InputError(f"{path}: cannot be read: {_first_line(error)}") from error
+        raise InputError(
+            f"{path}: must be a whole checkpoint, got one that cannot be read: {_first_line(error)}"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -228,8 +234,10 @@ def _first_line(error: Exception) -> str:
     return f"{lines[0]:.200}" if lines else type(error).__name__
 
 
-def _chosen(path: Path, size: int, value: object, key: str | None) -> PickledTensors:
-    """The mapping of tensors in what was loaded, checked."""
+def _chosen(
+    path: Path, size: int, value: object, key: str | None
+) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors by name in what was loaded, checked, and the key that they were under."""
     if not isinstance(value, dict):
         raise InputError(f"{path}: {WANTED}, got {_article(value)}")
     if key is None and not all(isinstance(entry, Tensor) for entry in value.values()):
@@ -251,7 +259,7 @@ def _chosen(path: Path, size: int, value: object, key: str | None) -> PickledTen
         raise InputError(
             f"{path}: {WANTED}, got {total} bytes of tensors that share a file of {size} bytes"
         )
-    return PickledTensors({name: tensor.detach() for name, tensor in value.items()}, key)
+    return {name: tensor.detach() for name, tensor in value.items()}, key
 
 
 def _problem(name: object, value: object, size: int) -> str | None:
