@@ -10,7 +10,7 @@ import clipflow
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "clipflow"
 FLOORS = {
-    "cli": 6, "evaluation": 6, "serving": 6, "training": 6,
+    "cli": 6, "evaluation": 6, "serving": 6, "testing": 6, "training": 6,
     "pipelines": 5,
     "models": 4, "scenes": 4, "acceleration": 4,
     "nn": 3, "sampling": 3,

@@ -139,7 +139,9 @@ def test_bad_options_of_an_estimate_are_refused(pipe, case):
 def test_weights_that_do_not_fit_are_not_read(monkeypatch, tmp_path, capsys):
     needed = CLIPFlowPipeline.memory_estimate("scenes").total_weights
     monkeypatch.setattr(memory, "available_bytes", lambda device: needed - 1)
-    monkeypatch.setattr("clipflow.pipelines.parts.load_unilip", lambda f: pytest.fail("read"))
+    monkeypatch.setattr(
+        "clipflow.pipelines.parts.load_unilip", lambda *_, **__: pytest.fail("read")
+    )
     with pytest.raises(NotEnoughMemory, match=r"loading scenes needs 0\.02 GiB on cpu, and 0\.02"):
         CLIPFlowPipeline.from_pretrained("scenes")
     assert main(["generate", "a star", "-o", str(tmp_path / "a.png"), "--device", "cpu"]) == 2

@@ -2,28 +2,72 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from clipflow.errors import InputError
 from clipflow.models.unilip import UniLIPConfig, UniLIPModel
 from clipflow.models.unilip.checkpoint import open_weights, read_config
-from clipflow.models.unilip.keys import map_names
+from clipflow.models.unilip.keys import map_names, skipped_names
 from clipflow.models.unilip.loading import read_unilip_config
-from clipflow.models.unilip.sizes import count_shapes
+from clipflow.models.unilip.sizes import count_shapes, part_of
+from clipflow.pipelines.tokenizer_files import check_tokenizer, read_tokenizer
+
+# Parts that are float32 in every dtype.
+WIDE = ("clip_down", "decoder")
 
 
-def load_unilip(folder: Path) -> UniLIPModel:
-    """The model in a folder, on the CPU, in the dtypes of its files.
+@dataclass(frozen=True, kw_only=True)
+class FolderSummary:
+    """What the headers of a model folder say.
+
+    Attributes:
+        config: of the model.
+        counts: parameters of each part of `clipflow.models.unilip.sizes`.
+        dtypes: part -> dtypes that it is stored in, each with its number of parameters.
+        skipped: what the files hold besides the model -> number of tensors.
+    """
+
+    config: UniLIPConfig
+    counts: Mapping[str, int]
+    dtypes: Mapping[str, Mapping[torch.dtype, int]]
+    skipped: Mapping[str, int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That `dtype="auto"` means: as stored, and where parts differ the one that holds all.
+
+        The decoder is left out, as it is float32 always.
+        """
+        stored = [d for part, found in self.dtypes.items() if part not in WIDE for d in found]
+        return reduce(torch.promote_types, stored) if stored else torch.float32
+
+
+def load_unilip(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> UniLIPModel:
+    """The model in a folder, its weights straight in `dtype` on `device`; the decoder is float32.
+
+    Args:
+        folder: of the model.
+        dtype: of all but the decoder; of each weight as stored when not given.
+        device: where the weights go.
 
     Raises:
         InputError: config.json or the weights are broken, or do not belong together.
     """
-    try:
-        return UniLIPModel.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{folder}: the model cannot be read: {error}") from error
+    with _one_line(folder):
+        return UniLIPModel.from_pretrained(folder, dtype=dtype, device=device)
 
 
 def read_unilip_folder(folder: Path) -> UniLIPConfig:
@@ -32,34 +76,65 @@ def read_unilip_folder(folder: Path) -> UniLIPConfig:
     Raises:
         InputError: config.json or the weights are broken.
     """
-    return read_unilip_sizes(folder)[0]
+    return summarize_folder(folder).config
 
 
-def read_unilip_sizes(folder: Path) -> tuple[UniLIPConfig, dict[str, int]]:
+def read_unilip_sizes(folder: Path) -> tuple[UniLIPConfig, Mapping[str, int]]:
     """The configuration and the parameters of each part, from the headers of the weights.
 
     Raises:
         InputError: config.json or the weights are broken.
     """
-    try:
-        values = read_config(folder)
-        with open_weights(folder) as weights:
-            names = map_names(weights.shapes)
-            shapes = {own: weights.shapes[found] for own, found in names.items()}
-            return read_unilip_config(values, shapes), count_shapes(shapes)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{folder}: the model cannot be read: {error}") from error
+    summary = summarize_folder(folder)
+    return summary.config, summary.counts
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, from its tokenizer.json.
+def summarize_folder(folder: Path) -> FolderSummary:
+    """What is in a model folder, from config.json and the headers of the weights alone.
 
     Raises:
-        InputError: the file is missing or broken.
+        InputError: config.json or the weights are broken.
     """
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"{folder}: a model folder must hold tokenizer.json")
+    with _one_line(folder):
+        values, weights = read_config(folder), open_weights(folder)
+        names = map_names(weights.shapes)
+        shapes = {own: weights.shapes[found] for own, found in names.items()}
+        dtypes: dict[str, dict[torch.dtype, int]] = {}
+        for own, found in names.items():
+            part, dtype = part_of(own), weights.dtypes[found]
+            if part is None:
+                continue  # `load_unilip` names all that is unknown
+            held = dtypes.setdefault(part, {})
+            held[dtype] = held.get(dtype, 0) + math.prod(shapes[own])
+        return FolderSummary(
+            config=read_unilip_config(values, shapes),
+            counts=count_shapes(shapes),
+            dtypes=dtypes,
+            skipped=skipped_names(weights.shapes),
+        )
+
+
+@contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    """Whatever is wrong with the files becomes an InputError."""
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception on broken files
-        raise InputError(f"{folder / 'tokenizer.json'}: cannot be read: {error}") from error
+        yield
+    except (ValueError, OSError) as error:
+        text = " ".join(str(error).split())
+        raise InputError(f"{folder}: the model cannot be read: {text}") from error
+
+
+def load_tokenizer(folder: Path, config: UniLIPConfig | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, from tokenizer.json or from vocab.json and merges.txt.
+
+    Args:
+        folder: of the model.
+        config: of the model, which the tokenizer must agree with; not checked when not given.
+
+    Raises:
+        InputError: a file is missing or broken, or the special tokens are not the model's.
+    """
+    tokenizer = read_tokenizer(folder)
+    if config is not None:
+        check_tokenizer(tokenizer, config, folder)
+    return tokenizer

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from clipflow.errors import InputError
 from clipflow.models.unilip import UniLIPModel
 from clipflow.models.unilip.loading import materialize_rotary
 from clipflow.pipelines.conditions import ConditionCache, ConditionEncoder
@@ -19,7 +20,12 @@ from clipflow.pipelines.generation_defaults import GenerationDefaults
 from clipflow.pipelines.image_io import ImageInput, write_atomically
 from clipflow.pipelines.image_processor import FILE_NAME as PROCESSOR_FILE
 from clipflow.pipelines.image_processor import ImageProcessor
-from clipflow.pipelines.loading import load_tokenizer, load_unilip
+from clipflow.pipelines.loading import (
+    load_tokenizer,
+    load_unilip,
+    read_unilip_folder,
+    summarize_folder,
+)
 from clipflow.pipelines.memory_estimate import MemoryEstimator
 from clipflow.pipelines.model_folders import find_model
 from clipflow.pipelines.offload import LANGUAGE, Offload
@@ -66,7 +72,7 @@ class UniLIPParts:
         name: str | Path,
         *,
         device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str | None = torch.float32,
         tier: str = "faithful",
         offload: str = "auto",
         local_files_only: bool = True,
@@ -76,7 +82,8 @@ class UniLIPParts:
         Args:
             name: "scenes" (embedded), a folder, or a hub name "owner/model".
             device: where to put it; the CPU when not given.
-            dtype: of the weights; the decoder is float32 always.
+            dtype: of the weights; "auto" or None leaves them as they are stored, or in the dtype
+                that holds all where parts are stored in several. The decoder is float32 always.
             tier: of sampling where a call names none: "faithful", or "fast", which trades exactness
                 for speed (int8 on CPU, fp8 on GPUs that have it).
             offload: "always" or "never" use `enable_model_cpu_offload`, or "auto": where a picture
@@ -88,19 +95,21 @@ class UniLIPParts:
             NotEnoughMemory: the weights do not fit; found out before they are read.
         """
         folder = find_model(name, local_files_only=local_files_only)
-        offloaded = should_offload(folder, torch.device(device or "cpu"), dtype, tier, offload)
-        model = load_unilip(folder)
+        dtype = _weight_dtype(folder, dtype)
+        device = torch.device(device or "cpu")
+        offloaded = should_offload(folder, device, dtype, tier, offload)
+        tokenizer = load_tokenizer(folder, read_unilip_folder(folder))  # quick, so before weights
+        model = load_unilip(folder, dtype=dtype, device="cpu" if offloaded else device)
         pipeline = cls(
             model,
-            load_tokenizer(folder),
+            tokenizer,
             image_processor=ImageProcessor.from_folder(folder, model.config),
             defaults=GenerationDefaults.from_folder(folder, model.config),
             tier=tier,
         )
         if offloaded:
-            pipeline.to(dtype).enable_model_cpu_offload(device)
-            return pipeline
-        return pipeline.to(device, dtype)
+            pipeline.enable_model_cpu_offload(device)
+        return pipeline
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write everything that `from_pretrained` reads; weights come back bitwise."""
@@ -188,3 +197,12 @@ class UniLIPParts:
         pixels = self.image_processor(images).to(self.device, self.dtype)
         with self.offload.running(LANGUAGE):
             return self.model.encode_image(pixels)
+
+
+def _weight_dtype(folder: Path, dtype: torch.dtype | str | None) -> torch.dtype:
+    """The dtype that the argument `dtype` of `from_pretrained` means for the model in `folder`."""
+    if dtype is None or dtype == "auto":
+        return summarize_folder(folder).dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f'dtype must be a floating point torch.dtype or "auto", got {dtype!r}')
+    return dtype

@@ -11,18 +11,21 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
+
+from clipflow.models.unilip.weight_files import WeightFile
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_PATTERN = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 MAX_LISTED = 10
+LARGEST_JSON = 64 * 2**20
 
 
 def save_folder(
@@ -80,47 +83,61 @@ def read_config(directory: str | Path) -> dict:
 
 
 class Weights:
-    """The open safetensors files of a folder; use `open_weights`.
+    """The safetensors files of a folder; use `open_weights`.
 
     Attributes:
-        shapes: name in the files -> shape, read from the headers alone.
+        files: name of a tensor -> the file that holds it.
+        shapes: name -> shape, read from the headers alone.
+        dtypes: name -> dtype that it is stored in.
     """
 
-    def __init__(self, files: dict[str, object]) -> None:
-        self._files = files
-        self.shapes = {
-            name: tuple(file.get_slice(name).get_shape()) for name, file in files.items()
-        }
+    def __init__(self, files: Mapping[str, WeightFile]) -> None:
+        self.files = files
+        self.shapes = {name: file.tensors[name].shape for name, file in files.items()}
+        self.dtypes = {name: file.tensors[name].dtype for name, file in files.items()}
 
-    def read(self, name: str) -> Tensor:
-        """The tensor called `name`, mapped from its file."""
-        return self._files[name].get_tensor(name)
+    def expect_reading(self) -> None:
+        """Let the system fetch what it has not in memory, ahead of `read`."""
+        for file in set(self.files.values()):
+            file.expect_reading()
+
+    def read(
+        self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """The tensor called `name`: mapped from its file if that is all, else converted.
+
+        Args:
+            name: in the files.
+            dtype: wanted; as stored when not given.
+            device: wanted.
+        """
+        dtype, device = dtype or self.dtypes[name], torch.device(device)
+        if device.type == "cpu" and dtype == self.dtypes[name]:
+            return self.files[name].mapped(name)
+        return self.files[name].converted(name, dtype, device)
 
 
-@contextmanager
-def open_weights(directory: str | Path) -> Iterator[Weights]:
-    """Open the weights in `directory`.
+def open_weights(directory: str | Path) -> Weights:
+    """Open the weights in `directory`; of them only the headers are read.
 
     Raises:
         FileNotFoundError: no weights, or a shard that the index names is missing.
-        ValueError: a file is truncated or no safetensors file, or holds another set of tensors
-            than the index says.
+        ValueError: a file is truncated or no safetensors file, holds other dtypes than float32,
+            bfloat16 and float16, or another set of tensors than the index says.
     """
     directory = Path(directory)
     owners = _owners(directory)
-    with ExitStack() as stack:
-        files: dict[str, object] = {}
-        for shard in sorted(set(owners.values())) if owners else [WEIGHTS_FILE]:
-            file = _open(stack, directory / shard)
-            names = set(file.keys())
-            wrong = names ^ {name for name, owner in owners.items() if owner == shard}
-            if owners and wrong:
-                raise ValueError(
-                    f"load: {directory / shard} must hold the tensors that {INDEX_FILE} says, "
-                    f"got a difference in {listed(wrong)}"
-                )
-            files |= dict.fromkeys(names, file)
-        yield Weights(files)
+    files: dict[str, WeightFile] = {}
+    for shard in sorted(set(owners.values())) if owners else [WEIGHTS_FILE]:
+        file = WeightFile(directory / shard)
+        wrong = set(file.tensors) ^ {name for name, owner in owners.items() if owner == shard}
+        if owners and wrong:
+            raise ValueError(
+                f"load: {directory / shard} must hold the tensors that {INDEX_FILE} says, "
+                f"got a difference in {listed(wrong)}"
+            )
+        files |= dict.fromkeys(file.tensors, file)
+    return Weights(files)
 
 
 def check_shapes(
@@ -197,34 +214,36 @@ def _owners(directory: Path) -> dict[str, str]:
         )
     owners = _read_json(directory / INDEX_FILE).get("weight_map")
     # A shard's name with a separator would reach outside the folder.
-    if not isinstance(owners, dict) or not all(
-        isinstance(shard, str) and Path(shard).name == shard for shard in owners.values()
-    ):
+    if not isinstance(owners, dict) or not owners or not all(map(_is_file_name, owners.values())):
         raise ValueError(
             f"load: {directory / INDEX_FILE} must have a weight_map of file names, "
-            f"got {owners!r:.80}"
+            f"got {repr(owners)[:80]}"
         )
+    for shard in set(owners.values()):
+        _check_inside(directory, shard)
     return owners
 
 
-def _open(stack: ExitStack, path: Path) -> safe_open:
-    if not path.is_file():
-        raise FileNotFoundError(f"load: {path} must be there, got no such file")
-    try:
-        return stack.enter_context(safe_open(path, framework="pt"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"load: {path} must be a whole safetensors file, got {path.stat().st_size} bytes "
-            f"that do not open: {error}"
-        ) from error
+def _is_file_name(shard: object) -> bool:
+    return isinstance(shard, str) and shard.isprintable() and Path(shard).name == shard != ".."
+
+
+def _check_inside(directory: Path, shard: str) -> None:
+    """A shard that is a link must not lead out of the folder, but for the hub's own cache."""
+    folder, found = directory.resolve(), (directory / shard).resolve()
+    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if found.parent not in (folder, blobs):
+        raise ValueError(f"load: {directory / shard} must be in the folder, got a link out of it")
 
 
 def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"load: {path} must be there, got no such file")
+    if path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"load: {path} must be JSON, got {path.stat().st_size} bytes")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
         raise ValueError(f"load: {path} must be JSON, got {error}") from error
     if type(value) is not dict:
         raise ValueError(f"load: {path} must be a JSON object, got {type(value).__name__}")

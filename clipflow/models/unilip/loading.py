@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -9,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from clipflow.models.unilip.checkpoint import check_shapes, open_weights, read_config
+from clipflow.models.unilip.checkpoint import check_shapes, listed, open_weights, read_config
 from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.models.unilip.image_codec import MODEL_TYPE as TOKENIZER_TYPE
 from clipflow.models.unilip.keys import map_names
@@ -17,6 +19,9 @@ from clipflow.models.unilip.published import MODEL_TYPE as PUBLISHED_TYPE
 from clipflow.models.unilip.published import config_from_published
 
 M = TypeVar("M", bound=nn.Module)
+DECODER = "vae_decoder."
+# Sizes that no tensor has.
+NOT_IN_SHAPES = ("text.max_position_embeddings", "vision.image_size")
 
 
 def load_model(
@@ -28,20 +33,28 @@ def load_model(
 ) -> M:
     """Build `cls` without memory for its weights, then give it those in `directory`.
 
-    The contract is that of `UniLIPModel.from_pretrained`.
+    The contract is that of `UniLIPModel.from_pretrained`. Weights that are wanted as they are
+    stored are mapped; others are converted in small pieces, straight to where they are wanted, and
+    leave no pages of the file in memory. Each is looked through once for values that are not
+    finite, by its least and its greatest.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"load: dtype must be a floating point type, got {dtype}")
     values = read_config(directory)
-    with open_weights(directory) as weights:
-        names = map_names(weights.shapes)
-        shapes = {own: weights.shapes[found] for own, found in names.items()}
-        config = read_unilip_config(values, shapes)
-        with torch.device("meta"):
-            model = cls(config)
-        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        check_shapes(wanted, shapes, str(directory))
-        state = {own: weights.read(names[own]).to(device, dtype) for own in wanted}
+    weights = open_weights(directory)
+    names = map_names(weights.shapes)
+    shapes = {own: weights.shapes[found] for own, found in names.items()}
+    config = read_unilip_config(values, shapes)
+    model = _without_memory(cls, config, shapes)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_shapes(wanted, shapes, str(directory))
+    weights.expect_reading()
+    state, extremes = {}, {}
+    for own in wanted:
+        tensor = weights.read(names[own], _dtype_of(own, dtype), device)
+        extremes[own] = torch.stack(torch.aminmax(tensor)).float()
+        state[own] = tensor
+    _check_finite(extremes, names, str(directory))
     model.load_state_dict(state, assign=True)
     materialize_rotary(model, device)
     return model.eval()
@@ -53,11 +66,10 @@ def load_config(directory: str | Path) -> UniLIPConfig:
     Raises:
         FileNotFoundError, ValueError: as `load_model`.
     """
-    values = read_config(directory)
-    with open_weights(directory) as weights:
-        names = map_names(weights.shapes)
-        shapes = {own: weights.shapes[found] for own, found in names.items()}
-        return read_unilip_config(values, shapes)
+    values, weights = read_config(directory), open_weights(directory)
+    names = map_names(weights.shapes)
+    shapes = {own: weights.shapes[found] for own, found in names.items()}
+    return read_unilip_config(values, shapes)
 
 
 def read_unilip_config(values: Mapping, shapes: Mapping[str, tuple[int, ...]]) -> UniLIPConfig:
@@ -70,6 +82,29 @@ def read_unilip_config(values: Mapping, shapes: Mapping[str, tuple[int, ...]]) -
             "clipflow.UniLIPTokenizer.from_pretrained and `clipflow reconstruct` read"
         )
     return UniLIPConfig.from_dict(values)
+
+
+def check_sizes(config: UniLIPConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse sizes that the weights cannot have, before a model of these sizes is built.
+
+    Raises:
+        ValueError: more layers than tensors, or a width above the number of all weights.
+    """
+    # Layers of tensors, other sizes of weights; a few more, so that missing ones can be named.
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    most = {True: max(len(shapes), 100), False: max(weights, 10**6)}
+    parts = dataclasses.asdict(config)
+    depths = parts["decoder"].pop("layers_per_block")
+    numbers = {f"decoder.layers_per_block[{i}]": depth for i, depth in enumerate(depths)}
+    numbers |= {name: parts[name] for name in ("n_query", "connect_layer")}
+    for part in ("vision", "text", "dit"):
+        numbers |= {f"{part}.{name}": value for name, value in parts[part].items()}
+    widths = parts["decoder"]["block_out_channels"]
+    numbers |= {f"decoder.block_out_channels[{i}]": width for i, width in enumerate(widths)}
+    for name, value in numbers.items():
+        limit = most["layer" in name]
+        if name not in NOT_IN_SHAPES and type(value) is int and value > limit:
+            raise ValueError(f"load: {name} must be at most {limit} for these weights, got {value}")
 
 
 def load_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -99,3 +134,34 @@ def materialize_rotary(model: nn.Module, device: torch.device | str = "cpu") -> 
                 fresh = Qwen2RotaryEmbedding(module.config)
             for name, table in fresh.named_buffers():
                 module.register_buffer(name, table.to(device), persistent=False)
+
+
+def _without_memory(cls: type[M], config: UniLIPConfig, shapes: Mapping[str, tuple[int, ...]]) -> M:
+    """The model on the meta device, unless its sizes are senseless."""
+    check_sizes(config, shapes)
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except (RuntimeError, TypeError, ZeroDivisionError, OverflowError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"load: the sizes must fit together: {first}") from error
+
+
+def _dtype_of(own: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The decoder is float32 always: a small part of the time, and half precision shows."""
+    return torch.float32 if own.startswith(DECODER) else dtype
+
+
+def _check_finite(extremes: Mapping[str, Tensor], names: Mapping[str, str], where: str) -> None:
+    """Refuse weights whose least or greatest value is NaN or infinite.
+
+    Raises:
+        ValueError: names them, at most 10.
+    """
+    finite = torch.stack(list(extremes.values())).isfinite().all(1).tolist()
+    wrong = [names[own] for own, good in zip(extremes, finite, strict=True) if not good]
+    if wrong:
+        raise ValueError(
+            f"load: {where} must hold finite weights of the dtype, got NaN or infinity in "
+            + listed(wrong)
+        )

@@ -82,12 +82,14 @@ class UniLIPModel(ImageCodec):
 
         Args:
             directory: written by `save_pretrained`, or a UniLIP checkpoint in safetensors.
-            dtype: of all parameters; as stored when not given. The rotary tables stay float32.
+            dtype: of the parameters, but for `vae_decoder`, which is float32 always; as stored when
+                not given. The rotary tables stay float32.
             device: where the parameters go.
 
         Raises:
             FileNotFoundError: no such folder, or no config.json or weights in it.
-            ValueError: a damaged file, or other keys or shapes than the model's.
+            ValueError: a damaged file, other keys or shapes than the model's, or a weight that is
+                NaN or infinite.
         """
         return load_model(cls, directory, dtype=dtype, device=device)
 

@@ -36,11 +36,15 @@ def parameter_counts(model: UniLIPModel | UniLIPConfig) -> dict[str, int]:
 
 
 def count_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """The same of our names and shapes, as a checkpoint's headers say them."""
+    """The same of our names and shapes, as a checkpoint's headers say them; no others count."""
     counts = dict.fromkeys(PARTS, 0)
     for name, shape in shapes.items():
-        part = next((part for part, begin in PARTS.items() if name.startswith(begin)), None)
-        if part is None:
-            raise ValueError(f"load: {name} belongs to no part of a UniLIP model")
-        counts[part] += math.prod(shape)
+        part = part_of(name)
+        if part is not None:
+            counts[part] += math.prod(shape)
     return counts
+
+
+def part_of(name: str) -> str | None:
+    """The part of PARTS that the parameter `name`, ours, belongs to; None if to none."""
+    return next((part for part, begin in PARTS.items() if name.startswith(begin)), None)

@@ -1,0 +1,17 @@
+"""Folders of the published UniLIP form with random weights, to try and test things without any.
+
+`python -m clipflow.testing FOLDER --size tiny` writes one from the shell.
+"""
+
+from clipflow.testing.published_config import SIZES, published_config, size_config
+from clipflow.testing.tokenizer_files import write_tokenizer
+from clipflow.testing.unilip_folder import plan_tensors, write_unilip_folder
+
+__all__ = [
+    "SIZES",
+    "plan_tensors",
+    "published_config",
+    "size_config",
+    "write_tokenizer",
+    "write_unilip_folder",
+]

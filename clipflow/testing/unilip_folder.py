@@ -1,0 +1,217 @@
+"""A whole folder of the published form: config.json, weights, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from clipflow.errors import InputError
+from clipflow.models.unilip import UniLIPConfig, UniLIPModel
+from clipflow.models.unilip.checkpoint import CONFIG_FILE, INDEX_FILE
+from clipflow.testing.published_config import published_config, size_config
+from clipflow.testing.random_weights import DTYPES, RandomWeights, write_safetensors
+from clipflow.testing.tokenizer_files import FORMS, write_tokenizer
+
+Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+DECODER = "vae_decoder."
+# How names in a file begin instead of with "model." where transformers maps them back.
+PREFIXES = ("in_memory", "reverse_mapped")
+REVERSE = {
+    "language_model.": "language_model.model.",
+    "vision_tower.": "vision_tower.",
+    "multi_modal_projector.": "multi_modal_projector.",
+    "lm_head.": "language_model.lm_head.",
+}
+SPARE_BYTES = 16_000_000  # for the tokenizer and headers
+SHOW_PROGRESS_FROM = 2**28  # bytes
+
+
+def write_unilip_folder(
+    directory: str | Path,
+    size: str = "tiny",
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    *,
+    max_shard_size: int | str = "5GB",
+    prefixes: str = "in_memory",
+    tokenizer: str = "slow",
+    tied_head: bool = False,
+    vocab_size: int | None = None,
+    decoder_dtype: torch.dtype | None = None,
+    extra_tensors: Mapping[str, Sequence[int]] | None = None,
+    preprocessor: bool = False,
+    progress: bool | None = None,
+) -> Path:
+    """Write a UniLIP folder of the published form with random weights.
+
+    The weights go to the disk as they are made: a few tens of MB of memory do for every size, which
+    are 3.7 GB ("1b") and 8.4 GB ("3b") of bfloat16 on the disk. The folder appears under its name
+    when it is whole; an error leaves nothing.
+
+    Args:
+        directory: a folder that is not there yet, or empty.
+        size: "tiny" (the form at small widths, 2 MB), "1b" or "3b".
+        dtype: of all weights: float32, bfloat16 or float16.
+        seed: the same gives the same bytes.
+        max_shard_size: of one weights file, as in `save_pretrained`; more makes several files and
+            an index.
+        prefixes: "in_memory" begins names with "model."; "reverse_mapped" has the names that
+            later versions of transformers write.
+        tokenizer: "slow" or "fast" files, see `write_tokenizer`.
+        tied_head: leave the head out; the embeddings are it.
+        vocab_size: rows of the embeddings; 151677, and 320 for "tiny", when not given.
+        decoder_dtype: of the pixel decoder and clip_down, if another.
+        extra_tensors: name in the file -> shape of tensors that the model has no use for.
+        preprocessor: write InternVL3's preprocessor_config.json, too.
+        progress: show a bar; from 0.25 GB on when not given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: the folder is not empty, an argument cannot be, or the disk has not the room.
+        OSError: the files cannot be written.
+    """
+    directory = Path(directory).expanduser()
+    if tokenizer not in FORMS:
+        raise InputError(f"tokenizer must be one of {', '.join(FORMS)}, got {tokenizer!r}")
+    config = size_config(size, vocab_size=vocab_size, tied=tied_head)
+    tensors = plan_tensors(config, dtype, decoder_dtype=decoder_dtype)
+    names = {published_name(own, prefixes): own for own in tensors}
+    planned = {name: tensors[own] for name, own in names.items()}
+    for name, shape in (extra_tensors or {}).items():
+        planned[name] = (tuple(shape), dtype)
+    _check_place(directory, size, _bytes_of(planned))
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = directory.parent / f".{directory.name}-{secrets.token_hex(4)}"
+    try:
+        staging.mkdir()
+        _write_json(staging / CONFIG_FILE, published_config(config, dtype))
+        write_tokenizer(staging, image_token_id=config.tokens.img_context, form=tokenizer)
+        if preprocessor:
+            _write_json(staging / "preprocessor_config.json", _preprocessor(config))
+        _write_weights(staging, planned, names, RandomWeights(seed), max_shard_size, progress)
+        os.replace(staging, directory)  # an empty folder there gives way
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return directory
+
+
+def plan_tensors(
+    config: UniLIPConfig, dtype: torch.dtype, *, decoder_dtype: torch.dtype | None = None
+) -> Tensors:
+    """Every tensor of the model under our names, with shape and dtype; takes no memory.
+
+    Raises:
+        InputError: a dtype that is none of float32, bfloat16 and float16.
+    """
+    for found in (dtype, decoder_dtype or dtype):
+        if found not in DTYPES:
+            wanted = ", ".join(str(known) for known in DTYPES)
+            raise InputError(f"dtype must be one of {wanted}, got {found}")
+    with torch.device("meta"):
+        model = UniLIPModel(config)
+    return {
+        name: (
+            tuple(tensor.shape),
+            (decoder_dtype or dtype) if name.startswith(DECODER) else dtype,
+        )
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def published_name(own: str, prefixes: str = "in_memory") -> str:
+    """The name in a published file of the parameter that is called `own` here.
+
+    Raises:
+        InputError: `prefixes` is none of `PREFIXES`.
+    """
+    if prefixes not in PREFIXES:
+        raise InputError(f"prefixes must be one of {', '.join(PREFIXES)}, got {prefixes!r}")
+    if prefixes == "reverse_mapped":
+        for begin, written in REVERSE.items():
+            if own.startswith(begin):
+                return written + own.removeprefix(begin)
+    return own if own.startswith("lm_head.") else f"model.{own}"
+
+
+def _check_place(directory: Path, size: str, wanted: int) -> None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        what = "a folder with files in it" if directory.is_dir() else "a file"
+        raise InputError(f"{directory}: must be a new or empty folder, got {what}")
+    above = next(folder for folder in directory.absolute().parents if folder.exists())
+    free = shutil.disk_usage(above).free
+    if free < wanted + SPARE_BYTES:
+        raise InputError(
+            f"{directory}: size {size!r} must have {wanted / 1e9:.2f} GB on the disk, "
+            f"got {free / 1e9:.2f} GB free"
+        )
+
+
+def _write_weights(
+    folder: Path,
+    planned: Tensors,
+    names: Mapping[str, str],
+    weights: RandomWeights,
+    max_shard_size: int | str,
+    progress: bool | None,
+) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    meta = {
+        name: torch.empty(shape, dtype=dtype, device="meta")
+        for name, (shape, dtype) in planned.items()
+    }
+    shards = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
+    total = _bytes_of(planned)
+    hidden = not progress if progress is not None else total < SHOW_PROGRESS_FROM
+    with tqdm(total=total, unit="B", unit_scale=True, disable=hidden) as bar:
+
+        def write(name: str, take) -> None:
+            shape, dtype = planned[name]
+            weights.write(names.get(name, name), shape, dtype, take)
+            bar.update(math.prod(shape) * dtype.itemsize)
+
+        for filename, inside in shards.filename_to_tensors.items():
+            write_safetensors(folder / filename, {name: planned[name] for name in inside}, write)
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        _write_json(folder / INDEX_FILE, index)
+
+
+def _preprocessor(config: UniLIPConfig) -> dict:
+    return {
+        "crop_to_patches": False,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(config.image_mean),
+        "image_processor_type": "GotOcr2ImageProcessorFast",
+        "image_std": list(config.image_std),
+        "max_patches": 12,
+        "min_patches": 1,
+        "processor_class": "InternVLProcessor",
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"height": config.image_size, "width": config.image_size},
+    }
+
+
+def _bytes_of(planned: Tensors) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in planned.values())
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
