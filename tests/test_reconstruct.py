@@ -73,8 +73,7 @@ class TestAgainstTheRecordedTensors:
     def test_the_way_back_from_a_padded_canvas(self, unilip):
         """With margins of 12 the recorded crop [100, 164) of 280 begins at 88."""
         recorded = load_fixture().tensors
-        processor = ImageProcessor.from_config(unilip.model.config)
-        canvas = Canvas.of(256, processor, unilip.model.config)
+        canvas = Canvas.of(256, unilip.model.config)
         assert (canvas.seen, canvas.margins, canvas.shown) == (280, (12, 12), 256)
         decoded = unilip.model.decode(recorded["tokenizer.latent"])
         found = canvas.pictures(decoded, "pt")
@@ -134,7 +133,7 @@ def test_shapes_of_a_model_that_shows_less_than_it_sees(small, resolution, grid,
 
 
 def test_every_size_up_to_three_features_works(small):
-    for side in range(4, 25):
+    for side in (4, 5, 7, 8, 9, 15, 16, 17, 23):
         found = small.reconstruct(noise_picture(30), resolution=side, output_type="pt").images
         assert found.shape[-1] == round(side * 56 / 64) and torch.isfinite(found).all()
 
@@ -144,14 +143,13 @@ def test_the_least_size_is_what_reflection_can_pad(small, step, least):
     config = small.model.config
     vision = dataclasses.replace(config.vision, patch_size=step, shuffle=1, image_size=step * 4)
     config = dataclasses.replace(config, vision=vision)
-    processor = ImageProcessor.from_config(config)
     for side in range(1, 2 * step + 1):
         if side >= least:
-            canvas = Canvas.of(side, processor, config)
+            canvas = Canvas.of(side, config)
             assert max(canvas.margins) < side and sum(canvas.margins) == canvas.seen - side
         else:
             with pytest.raises(InputError, match=f"at least {least} pixels, got {side}"):
-                Canvas.of(side, processor, config)
+                Canvas.of(side, config)
 
 
 @pytest.mark.parametrize("resolution", [0, -8, 2.5, "64", True])

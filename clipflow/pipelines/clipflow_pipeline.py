@@ -206,7 +206,7 @@ class CLIPFlowPipeline(LanguageCalls):
         """
         check_output_type(output_type)
         images, config = listed(image), self.model.config
-        canvas = Canvas.of(resolution, self.image_processor, config)
+        canvas = Canvas.of(resolution, config)
         if resolution is not None:
             canvas.require_memory(len(images), config, self.dtype, self.device)
         pixels = canvas.pixel_values(images, self.image_processor).to(self.device, self.dtype)

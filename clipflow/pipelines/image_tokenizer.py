@@ -46,7 +46,7 @@ class UniLIPTokenizer:
         name: str | Path,
         *,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = torch.float32,
+        dtype: torch.dtype | str | None = torch.float32,
         local_files_only: bool = True,
     ) -> Self:
         """Load a tokenizer.
@@ -56,13 +56,16 @@ class UniLIPTokenizer:
                 `CLIPFlowPipeline.from_pretrained` takes: of a whole model only the tokenizer's
                 parts are read.
             device: where to put it; the CPU when not given.
-            dtype: of the vision tower, None as stored; the decoder is float32 always.
+            dtype: of the vision tower, "auto" or None as stored; the decoder is float32 always.
             local_files_only: False allows a hub name to be downloaded.
 
         Raises:
             InputError: there is no such folder, or it is not complete.
         """
         folder = find_model(name, local_files_only=local_files_only)
+        dtype = None if dtype == "auto" else dtype
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InputError(f'dtype must be a floating point torch.dtype or "auto", got {dtype!r}')
         try:
             model = load_image_tokenizer(folder, dtype=dtype, device=device or "cpu")
         except (ValueError, OSError) as error:
@@ -157,7 +160,7 @@ class UniLIPTokenizer:
         return CLIPFlowPipelineOutput(pictures) if return_dict else (pictures,)
 
     def _canvas(self, resolution: int | None) -> Canvas:
-        return Canvas.of(resolution, self.image_processor, self.model.config)
+        return Canvas.of(resolution, self.model.config)
 
     def _encode(self, images: Sequence[ImageInput], canvas: Canvas) -> Tensor:
         canvas.require_memory(len(images), self.model.config, self.dtype, self.device)

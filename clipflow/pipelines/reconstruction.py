@@ -35,19 +35,21 @@ class Canvas:
     """The square that a picture is seen and drawn on.
 
     Attributes:
+        resolution: what was asked for; None leaves the size of pictures to the image processor.
         side: of the picture, in pixels.
         step: pixels between two features; `seen` is a multiple of it.
         upscale: pixels that the decoder draws for a feature.
         shown: side of the picture that is handed out.
     """
 
+    resolution: int | None
     side: int
     step: int
     upscale: int
     shown: int
 
     @classmethod
-    def of(cls, resolution: int | None, processor: ImageProcessor, config: Config) -> Canvas:
+    def of(cls, resolution: int | None, config: Config) -> Canvas:
         """The canvas for pictures of `resolution` pixels; None is the model's own size.
 
         What is handed out is as much larger or smaller as it is at the model's own size.
@@ -56,15 +58,13 @@ class Canvas:
             InputError: `resolution` is no number of pixels, or too few to be padded by reflection.
         """
         step = config.vision.shuffle * config.vision.patch_size
-        upscale, shown = config.decoder.upscale, config.output_size
-        if resolution is None:
-            return cls(processor.size, step, upscale, shown)
-        side = positive("resolution", resolution)
-        canvas = cls(side, step, upscale, max(1, round(side * shown / config.image_size)))
+        size, upscale = config.image_size, config.decoder.upscale
+        side = size if resolution is None else positive("resolution", resolution)
+        shown = max(1, round(side * config.output_size / size))
+        canvas = cls(resolution, side, step, upscale, shown)
         if max(canvas.margins) >= side:
-            least = next(
-                s for s in range(side, step + 1) if max(cls(s, step, upscale, s).margins) < s
-            )
+            sides = (dataclasses.replace(canvas, side=s) for s in range(side, step + 1))
+            least = next(c.side for c in sides if max(c.margins) < c.side)
             raise InputError(f"resolution must be at least {least} pixels, got {side}")
         return canvas
 
@@ -81,7 +81,7 @@ class Canvas:
 
     def pixel_values(self, images: Sequence[ImageInput], processor: ImageProcessor) -> Tensor:
         """What the vision tower sees, [B, 3, seen, seen] float32 on the CPU."""
-        if self.side != processor.size:
+        if self.resolution is not None:
             processor = dataclasses.replace(processor, size=self.side)
         pixels = processor(images)
         before, after = self.margins

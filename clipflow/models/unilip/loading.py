@@ -11,14 +11,22 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from clipflow.models.unilip.checkpoint import check_shapes, listed, open_weights, read_config
+from clipflow.models.unilip.checkpoint import (
+    Weights,
+    check_shapes,
+    listed,
+    open_weights,
+    read_config,
+)
 from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.models.unilip.image_codec import MODEL_TYPE as TOKENIZER_TYPE
+from clipflow.models.unilip.image_codec import TokenizerConfig
 from clipflow.models.unilip.keys import map_names
 from clipflow.models.unilip.published import MODEL_TYPE as PUBLISHED_TYPE
 from clipflow.models.unilip.published import config_from_published
 
 M = TypeVar("M", bound=nn.Module)
+Config = UniLIPConfig | TokenizerConfig
 DECODER = "vae_decoder."
 # Sizes that no tensor has.
 NOT_IN_SHAPES = ("text.max_position_embeddings", "vision.image_size")
@@ -45,19 +53,44 @@ def load_model(
     names = map_names(weights.shapes)
     shapes = {own: weights.shapes[found] for own, found in names.items()}
     config = read_unilip_config(values, shapes)
-    model = _without_memory(cls, config, shapes)
+    model = without_memory(cls, config, shapes)
+    load_weights(model, weights, names, str(directory), dtype=dtype, device=device)
+    materialize_rotary(model, device)
+    return model.eval()
+
+
+def load_weights(
+    model: nn.Module,
+    weights: Weights,
+    names: Mapping[str, str],
+    where: str,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:
+    """Give `model`, on the meta device, its weights from open files.
+
+    Args:
+        model: with `vae_decoder` among its parts.
+        weights: of a folder.
+        names: our name -> name in the files, of all parameters and of nothing else.
+        where: the folder, for messages.
+        dtype, device: as of `load_model`.
+
+    Raises:
+        ValueError: other names or shapes than the model's, or a weight that is not finite.
+    """
+    shapes = {own: weights.shapes[found] for own, found in names.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_shapes(wanted, shapes, str(directory))
+    check_shapes(wanted, shapes, where)
     weights.expect_reading()
     state, extremes = {}, {}
     for own in wanted:
         tensor = weights.read(names[own], _dtype_of(own, dtype), device)
         extremes[own] = torch.stack(torch.aminmax(tensor)).float()
         state[own] = tensor
-    _check_finite(extremes, names, str(directory))
+    _check_finite(extremes, names, where)
     model.load_state_dict(state, assign=True)
-    materialize_rotary(model, device)
-    return model.eval()
 
 
 def load_config(directory: str | Path) -> UniLIPConfig:
@@ -84,7 +117,9 @@ def read_unilip_config(values: Mapping, shapes: Mapping[str, tuple[int, ...]]) -
     return UniLIPConfig.from_dict(values)
 
 
-def check_sizes(config: UniLIPConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_sizes(
+    config: UniLIPConfig | TokenizerConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     """Refuse sizes that the weights cannot have, before a model of these sizes is built.
 
     Raises:
@@ -96,9 +131,10 @@ def check_sizes(config: UniLIPConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     parts = dataclasses.asdict(config)
     depths = parts["decoder"].pop("layers_per_block")
     numbers = {f"decoder.layers_per_block[{i}]": depth for i, depth in enumerate(depths)}
-    numbers |= {name: parts[name] for name in ("n_query", "connect_layer")}
+    scalars = ("n_query", "connect_layer", "text_width")
+    numbers |= {name: parts[name] for name in scalars if name in parts}
     for part in ("vision", "text", "dit"):
-        numbers |= {f"{part}.{name}": value for name, value in parts[part].items()}
+        numbers |= {f"{part}.{name}": value for name, value in parts.get(part, {}).items()}
     widths = parts["decoder"]["block_out_channels"]
     numbers |= {f"decoder.block_out_channels[{i}]": width for i, width in enumerate(widths)}
     for name, value in numbers.items():
@@ -136,7 +172,9 @@ def materialize_rotary(model: nn.Module, device: torch.device | str = "cpu") -> 
                 module.register_buffer(name, table.to(device), persistent=False)
 
 
-def _without_memory(cls: type[M], config: UniLIPConfig, shapes: Mapping[str, tuple[int, ...]]) -> M:
+def without_memory(
+    cls: type[M], config: UniLIPConfig | TokenizerConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> M:
     """The model on the meta device, unless its sizes are senseless."""
     check_sizes(config, shapes)
     try:

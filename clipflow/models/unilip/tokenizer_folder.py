@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from clipflow.models.unilip.checkpoint import check_shapes, open_weights, read_config, save_folder
+from clipflow.models.unilip.checkpoint import open_weights, read_config, save_folder
 from clipflow.models.unilip.image_codec import MODEL_TYPE, PARTS, ImageTokenizer, TokenizerConfig
 from clipflow.models.unilip.keys import map_names
-from clipflow.models.unilip.loading import read_unilip_config
+from clipflow.models.unilip.loading import load_weights, read_unilip_config, without_memory
 
 
 def is_tokenizer_folder(directory: Path) -> bool:
@@ -43,26 +43,17 @@ def load_image_tokenizer(
 
     Raises:
         FileNotFoundError: no such folder, or no config.json or weights in it.
-        ValueError: a damaged file, or other keys or shapes than the tokenizer's.
+        ValueError: a damaged file, other keys or shapes than the tokenizer's, or a weight that is
+            NaN or infinite.
     """
-    values = read_config(directory)
-    with open_weights(directory) as weights:
-        names = map_names(weights.shapes)
-        shapes = {own: weights.shapes[found] for own, found in names.items()}
-        if values.get("model_type") == MODEL_TYPE:
-            config = TokenizerConfig.from_dict(values)
-        else:
-            config = TokenizerConfig.of_model(read_unilip_config(values, shapes))
-            shapes = {own: shape for own, shape in shapes.items() if own.split(".")[0] in PARTS}
-        with torch.device("meta"):
-            model = ImageTokenizer(config)
-        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        check_shapes(wanted, shapes, str(directory))
-        state = {
-            own: weights.read(names[own]).to(
-                device, torch.float32 if own.startswith("vae_decoder.") else dtype
-            )
-            for own in wanted
-        }
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False).eval()
+    values, weights = read_config(directory), open_weights(directory)
+    names = map_names(weights.shapes)
+    shapes = {own: weights.shapes[found] for own, found in names.items()}
+    if values.get("model_type") == MODEL_TYPE:
+        config = TokenizerConfig.from_dict(values)
+    else:
+        config = TokenizerConfig.of_model(read_unilip_config(values, shapes))
+        names = {own: found for own, found in names.items() if own.split(".")[0] in PARTS}
+    model = without_memory(ImageTokenizer, config, shapes)
+    load_weights(model, weights, names, str(directory), dtype=dtype, device=device)
+    return model.eval()
