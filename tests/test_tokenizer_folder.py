@@ -1,6 +1,10 @@
 """Tokenizer checkpoints: to folders that encode and decode, or into the parts of a whole model."""
 
 import json
+import re
+import shlex
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -328,3 +332,34 @@ class TestBase:
         CLIPFlowPipeline.from_pretrained("scenes").save_pretrained(tmp_path / "scenes")
         text = refused(source, "differences", base=tmp_path / "scenes")
         assert "--base" in text and "and" in text and "more" in text
+
+
+def test_the_page_is_true(source, base, tmp_path, monkeypatch, capsys):
+    """Every command and every line of Python in docs/convert.md runs, on small files."""
+    page = (Path(__file__).parents[1] / "docs" / "convert.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    picture().save("photo.png")
+    shutil.copy(source, "1b_unilip.pth")
+    shutil.copy(source, "pytorch_model.bin")
+    shutil.copytree(base, "UniLIP-1B")
+    Path("pickled-model").mkdir()
+    for name in names(base):
+        if "safetensors" not in name:
+            shutil.copy(base / name, "pickled-model")
+    state = load_file(base / "model.safetensors")
+    torch.save(state, "pickled-model/pytorch_model.bin")
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", page, re.S)
+    assert [kind for kind, _ in blocks] == ["sh", "sh", "python", "sh"]
+    values: dict = {}
+    for kind, text in blocks:
+        if kind == "python":
+            exec(text, values)
+            continue
+        for line in text.splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "clipflow" and main(arguments) == 0, capsys.readouterr().err
+    assert values["latents"].shape == (1, 32, 16, 16)
+    assert values["picture"].size == (448, 448) and values["small"].size == (256, 256)
+    assert Image.open("again.png").size == (256, 256)
+    assert CLIPFlowPipeline.from_pretrained("model", dtype="auto").dtype == torch.bfloat16
+    assert load_file("model.safetensors").keys() == checkpoint_tensors().keys()

@@ -185,6 +185,7 @@ def _pieces(name: str, tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryvie
     """The bytes of `tensor` as `dtype`, in order."""
     for piece in tensor.detach().contiguous().reshape(-1).split(PIECE):
         cast = piece.to(dtype)
-        if cast.dtype != piece.dtype and not bool(cast.isfinite().eq(piece.isfinite()).all()):
+        narrowed = cast.dtype != piece.dtype and not bool(cast.isfinite().all())
+        if narrowed and not bool(cast.isfinite().eq(piece.isfinite()).all()):
             raise InputError(f"{name}: values must fit into {dtype}, got some above its largest")
         yield memoryview(cast.contiguous().view(torch.uint8).numpy()).cast("B")
