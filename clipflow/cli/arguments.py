@@ -58,7 +58,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1"
     )
-    group.add_argument("--dtype", default="float32", choices=DTYPES, help="default: float32")
+    group.add_argument(
+        "--dtype",
+        default="float32",
+        choices=(*DTYPES, "auto"),
+        help="of the weights; auto is as they are stored (default: float32)",
+    )
     group.add_argument(
         "--offload",
         default="auto",
@@ -137,8 +142,9 @@ def load_pipeline(args: argparse.Namespace) -> CLIPFlowPipeline:
     folder = model_folders.find_model(args.model, local_files_only=not args.download)
     from clipflow.pipelines import CLIPFlowPipeline  # slow, so after all that may be refused
 
+    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
     pipe = CLIPFlowPipeline.from_pretrained(
-        folder, device=device, dtype=getattr(torch, args.dtype), offload=args.offload
+        folder, device=device, dtype=dtype, offload=args.offload
     )
     pipe.set_progress_bar_config(disable=None)  # shown on a terminal, not in a log
     return pipe

@@ -11,6 +11,7 @@ from clipflow.cli.arguments import add_command
 
 if TYPE_CHECKING:
     from clipflow.models.unilip import UniLIPConfig
+    from clipflow.pipelines.loading import FolderSummary
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # These stay float32 in every dtype.
@@ -35,21 +36,29 @@ def run(args: argparse.Namespace) -> int:
     from clipflow.pipelines.model_folders import find_model
 
     folder = find_model(args.model)
-    from clipflow.pipelines.loading import read_unilip_sizes  # slow; the name is right by now
+    # Slow; the name is right by now.
+    from clipflow.pipelines.loading import check_unilip, summarize_folder
 
-    facts = collect(folder, *read_unilip_sizes(folder))
+    check_unilip(folder)
+    facts = collect(folder, summarize_folder(folder))
     print(json.dumps(facts, indent=2) if args.json else format_facts(facts))
     return 0
 
 
-def collect(folder: Path, config: UniLIPConfig, counts: dict[str, int]) -> dict[str, object]:
-    """Architecture, parameters by part, bytes by dtype, and memory for one picture."""
+def collect(folder: Path, summary: FolderSummary) -> dict[str, object]:
+    """Architecture, parameters and stored dtypes by part, bytes, and memory for one picture."""
+    counts = summary.counts
     wide = sum(counts[part] for part in ALWAYS_WIDE)
     rest = sum(counts.values()) - wide
     return {
         "folder": str(folder),
-        "architecture": _architecture(config),
+        "architecture": _architecture(summary.config),
         "parameters": counts,
+        "dtypes": {
+            part: sorted(str(dtype).removeprefix("torch.") for dtype in found)
+            for part, found in summary.dtypes.items()
+        },
+        "skipped": summary.skipped,
         "total": sum(counts.values()),
         "weight_bytes": {name: rest * size + wide * 4 for name, size in BYTES.items()},
         "file_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
@@ -61,12 +70,17 @@ def format_facts(facts: dict) -> str:
     lines = [f"model   {facts['folder']}", "", "architecture"]
     lines += [f"  {part:<16}{text}" for part, text in facts["architecture"].items()]
     lines += ["", "parameters"]
-    lines += [f"  {part:<16}{count:>15,}" for part, count in facts["parameters"].items()]
+    for part, count in facts["parameters"].items():
+        stored = ", ".join(facts["dtypes"].get(part, ()))
+        lines.append(f"  {part:<16}{count:>15,}  {stored}".rstrip())
     lines += [f"  {'total':<16}{facts['total']:>15,}", "", "memory for weights (decoder float32)"]
     lines += [
         f"  {name:<16}{size / 2**20:>11,.1f} MiB" for name, size in facts["weight_bytes"].items()
     ]
     lines += [f"  {'files':<16}{facts['file_bytes'] / 2**20:>11,.1f} MiB"]
+    if facts["skipped"]:
+        parts = [f"{part} ({count} tensors)" for part, count in facts["skipped"].items()]
+        lines.append("  skipped: " + ", ".join(parts))
     lines += ["", "memory for one picture" + "".join(f"{shown:>18}" for shown in PLACES.values())]
     for tier, dtypes in facts["memory"].items():
         for name, sizes in dtypes.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 from clipflow.errors import InputError
 from clipflow.models.unilip.config import UniLIPConfig
+from clipflow.pipelines.arguments import positive
 from clipflow.pipelines.options import check_guidance, check_solver, check_steps
 
 FILE_NAME = "generation_config.json"
@@ -39,6 +40,7 @@ class GenerationDefaults:
             solver=values.get("default_solver", DEFAULT_SOLVER),
             max_new_tokens=values.get("max_new_tokens", 64),
         )
+        positive("max_new_tokens", defaults.max_new_tokens)
         check_steps(defaults.num_inference_steps)
         check_guidance(defaults.guidance_scale)
         check_solver(defaults.solver)
@@ -59,7 +61,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: must be JSON: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold a JSON object, got {type(values).__name__}")

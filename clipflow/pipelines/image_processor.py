@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class ImageProcessor:
         """Read `preprocessor_config.json`; where it is missing, the model's own configuration.
 
         Raises:
-            InputError: the file is there, but cannot be read or has other keys.
+            InputError: the file is there, but cannot be read, has other keys or senseless values.
         """
         path = folder / FILE_NAME
         if not path.exists():
@@ -54,16 +55,29 @@ class ImageProcessor:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             size = values["size"]
-            return cls(
+            found = cls(
                 size=int(size["height"] if isinstance(size, dict) else size),
                 mean=tuple(float(v) for v in values["image_mean"]),
                 std=tuple(float(v) for v in values["image_std"]),
                 resample=int(values.get("resample", cls.resample)),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{path}: must hold size, image_mean and image_std: {error!r}"
             ) from error
+        found._check(config, path)
+        return found
+
+    def _check(self, config: UniLIPConfig, path: Path) -> None:
+        if self.size != config.image_size:
+            raise InputError(f"{path}: size must be {config.image_size}, got {self.size}")
+        numbers = [*self.mean, *self.std]
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, numbers)):
+            raise InputError(f"{path}: image_mean and image_std must be 3 numbers, got {numbers}")
+        if min(self.std) <= 0:
+            raise InputError(f"{path}: image_std must be above 0, got {list(self.std)}")
+        if self.resample not in list(Image.Resampling):
+            raise InputError(f"{path}: resample must be from 0 to 5, got {self.resample}")
 
     def to_json(self) -> str:
         values = {

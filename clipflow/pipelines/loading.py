@@ -16,7 +16,7 @@ from clipflow.errors import InputError
 from clipflow.models.unilip import UniLIPConfig, UniLIPModel
 from clipflow.models.unilip.checkpoint import open_weights, read_config
 from clipflow.models.unilip.keys import map_names, skipped_names
-from clipflow.models.unilip.loading import read_unilip_config
+from clipflow.models.unilip.loading import open_model, read_unilip_config
 from clipflow.models.unilip.sizes import count_shapes, part_of
 from clipflow.pipelines.tokenizer_files import check_tokenizer, read_tokenizer
 
@@ -68,6 +68,16 @@ def load_unilip(
     """
     with _one_line(folder):
         return UniLIPModel.from_pretrained(folder, dtype=dtype, device=device)
+
+
+def check_unilip(folder: Path) -> None:
+    """Refuse a folder that `load_unilip` would refuse, but for the values of its weights.
+
+    Raises:
+        InputError: config.json or the weights are broken, or do not belong together.
+    """
+    with _one_line(folder):
+        open_model(UniLIPModel, folder)
 
 
 def read_unilip_folder(folder: Path) -> UniLIPConfig:

@@ -98,15 +98,14 @@ class UniLIPParts:
         dtype = _weight_dtype(folder, dtype)
         device = torch.device(device or "cpu")
         offloaded = should_offload(folder, device, dtype, tier, offload)
-        tokenizer = load_tokenizer(folder, read_unilip_folder(folder))  # quick, so before weights
+        config = read_unilip_folder(folder)
+        others = {  # quick to refuse, so before the weights
+            "tokenizer": load_tokenizer(folder, config),
+            "image_processor": ImageProcessor.from_folder(folder, config),
+            "defaults": GenerationDefaults.from_folder(folder, config),
+        }
         model = load_unilip(folder, dtype=dtype, device="cpu" if offloaded else device)
-        pipeline = cls(
-            model,
-            tokenizer,
-            image_processor=ImageProcessor.from_folder(folder, model.config),
-            defaults=GenerationDefaults.from_folder(folder, model.config),
-            tier=tier,
-        )
+        pipeline = cls(model, tier=tier, **others)
         if offloaded:
             pipeline.enable_model_cpu_offload(device)
         return pipeline

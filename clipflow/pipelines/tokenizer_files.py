@@ -7,7 +7,7 @@ tokenizer_config.json and special_tokens_map.json for the tokens that stand besi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from tokenizers import AddedToken
@@ -92,7 +92,10 @@ def _from_fast(folder: Path) -> PreTrainedTokenizerBase:
 
 def _from_slow(folder: Path) -> PreTrainedTokenizerBase:
     vocabulary = _ids(folder / VOCABULARY_FILE)
-    settings = _read_object(folder / SETTINGS_FILE) | _read_object(folder / SPECIAL_FILE)
+    settings = _read_object(folder / SETTINGS_FILE)
+    settings = _read_object(folder / SPECIAL_FILE) | {
+        name: value for name, value in settings.items() if value is not None
+    }
     added = _added_tokens(folder, settings)
     known = vocabulary | added
     roles = {role: _content(settings[role]) for role in ROLES if settings.get(role) is not None}
@@ -105,7 +108,7 @@ def _from_slow(folder: Path) -> PreTrainedTokenizerBase:
     # Added tokens are in the vocabulary too, which puts them at their ids, gaps or not.
     tokenizer = Qwen2Tokenizer(
         vocab=known,
-        merges=list(_merges(folder / MERGES_FILE)),
+        merges=_merges(folder / MERGES_FILE),
         **(dict.fromkeys(ROLES) | roles),
     )
     flags = settings.get("added_tokens_decoder") or {}
@@ -155,14 +158,18 @@ def _ids(path: Path) -> dict[str, int]:
     return values
 
 
-def _merges(path: Path) -> Iterator[tuple[str, str]]:
+def _merges(path: Path) -> list[tuple[str, str]]:
+    merges = []
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip() or (number == 1 and line.startswith("#version")):
             continue
         parts = line.rstrip("\r").split(" ")
         if len(parts) != 2:
             raise InputError(f"{path}: line {number} must have two parts, got {line[:40]!r}")
-        yield parts[0], parts[1]
+        merges.append((parts[0], parts[1]))
+    if not merges:
+        raise InputError(f"{path}: must hold merges, got none")
+    return merges
 
 
 def _read_object(path: Path) -> dict:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from clipflow.errors import InputError
-from clipflow.models.unilip.checkpoint import INDEX_FILE, WEIGHTS_FILE, listed
+from clipflow.models.unilip.checkpoint import INDEX_FILE, WEIGHTS_FILE, listed, staged_folder
 from clipflow.models.unilip.pickle_files import read_pickle
 from clipflow.models.unilip.safetensors_writing import (
     DTYPES,
@@ -27,7 +27,6 @@ from clipflow.models.unilip.safetensors_writing import (
     Spec,
     copy_files,
     whole_file,
-    whole_folder,
     write_file,
     write_text,
     write_weights,
@@ -180,7 +179,7 @@ def convert_checkpoint(
         with _writing(out, specs, progress) as told, whole_file(out) as path:
             write_file(path, specs, checkpoint.read, told)
     else:
-        with _writing(out, specs, progress) as told, whole_folder(out) as folder:
+        with _writing(out, specs, progress) as told, staged_folder(out) as folder:
             _write_folder(folder, specs, checkpoint, told, max_shard_bytes)
     checkpoint.release()
     return checkpoint
@@ -202,7 +201,7 @@ def write_model_folder(
     Raises:
         InputError: it cannot be written; nothing is left behind.
     """
-    with _writing(out, specs, progress) as told, whole_folder(out) as folder:
+    with _writing(out, specs, progress) as told, staged_folder(out) as folder:
         write_weights(
             folder, specs, read, max_bytes=max_shard_bytes, progress=told, after_file=release
         )

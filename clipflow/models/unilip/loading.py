@@ -48,18 +48,13 @@ def load_model(
     """
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"load: dtype must be a floating point type, got {dtype}")
-    values = read_config(directory)
-    weights = open_weights(directory)
-    names = map_names(weights.shapes)
-    shapes = {own: weights.shapes[found] for own, found in names.items()}
-    config = read_unilip_config(values, shapes)
-    model = without_memory(cls, config, shapes)
-    load_weights(model, weights, names, str(directory), dtype=dtype, device=device)
+    model, weights, names = open_model(cls, directory)
+    read_weights(model, weights, names, str(directory), dtype=dtype, device=device)
     materialize_rotary(model, device)
     return model.eval()
 
 
-def load_weights(
+def read_weights(
     model: nn.Module,
     weights: Weights,
     names: Mapping[str, str],
@@ -68,29 +63,60 @@ def load_weights(
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> None:
-    """Give `model`, on the meta device, its weights from open files.
+    """Give a model on the meta device its weights; `load_model` says how.
 
     Args:
-        model: with `vae_decoder` among its parts.
-        weights: of a folder.
-        names: our name -> name in the files, of all parameters and of nothing else.
-        where: the folder, for messages.
+        model: of `empty_model`.
+        weights: of the folder `where`.
+        names: our name -> name in the files.
         dtype, device: as of `load_model`.
 
     Raises:
-        ValueError: other names or shapes than the model's, or a weight that is not finite.
+        ValueError: a weight is not finite.
     """
-    shapes = {own: weights.shapes[found] for own, found in names.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_shapes(wanted, shapes, where)
     weights.expect_reading()
     state, extremes = {}, {}
-    for own in wanted:
+    for own in model.state_dict():
         tensor = weights.read(names[own], _dtype_of(own, dtype), device)
         extremes[own] = torch.stack(torch.aminmax(tensor)).float()
         state[own] = tensor
     _check_finite(extremes, names, where)
     model.load_state_dict(state, assign=True)
+
+
+def open_model(cls: type[M], directory: str | Path) -> tuple[M, Weights, dict[str, str]]:
+    """(`cls` on the meta device, its weights, our names -> names in the files).
+
+    Everything is checked but the values of the weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`.
+    """
+    values, weights = read_config(directory), open_weights(directory)
+    names = map_names(weights.shapes)
+    shapes = {own: weights.shapes[found] for own, found in names.items()}
+    config = read_unilip_config(values, shapes)
+    return empty_model(cls, config, shapes, str(directory)), weights, names
+
+
+def empty_model(
+    cls: type[M], config: Config, shapes: Mapping[str, tuple[int, ...]], where: str
+) -> M:
+    """`cls` on the meta device, for weights of exactly these shapes, under our names.
+
+    Raises:
+        ValueError: senseless sizes, or other names or shapes than the model's.
+    """
+    check_sizes(config, shapes)
+    try:
+        with torch.device("meta"):
+            model = cls(config)
+    except (RuntimeError, TypeError, ZeroDivisionError, OverflowError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"load: the sizes must fit together: {first}") from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_shapes(wanted, shapes, where)
+    return model
 
 
 def load_config(directory: str | Path) -> UniLIPConfig:
@@ -117,9 +143,7 @@ def read_unilip_config(values: Mapping, shapes: Mapping[str, tuple[int, ...]]) -
     return UniLIPConfig.from_dict(values)
 
 
-def check_sizes(
-    config: UniLIPConfig | TokenizerConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> None:
+def check_sizes(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse sizes that the weights cannot have, before a model of these sizes is built.
 
     Raises:
@@ -170,19 +194,6 @@ def materialize_rotary(model: nn.Module, device: torch.device | str = "cpu") -> 
                 fresh = Qwen2RotaryEmbedding(module.config)
             for name, table in fresh.named_buffers():
                 module.register_buffer(name, table.to(device), persistent=False)
-
-
-def without_memory(
-    cls: type[M], config: UniLIPConfig | TokenizerConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> M:
-    """The model on the meta device, unless its sizes are senseless."""
-    check_sizes(config, shapes)
-    try:
-        with torch.device("meta"):
-            return cls(config)
-    except (RuntimeError, TypeError, ZeroDivisionError, OverflowError) as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"load: the sizes must fit together: {first}") from error
 
 
 def _dtype_of(own: str, dtype: torch.dtype | None) -> torch.dtype | None:

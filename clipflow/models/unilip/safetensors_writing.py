@@ -12,9 +12,8 @@ import math
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from clipflow.errors import InputError
-from clipflow.models.unilip.checkpoint import INDEX_FILE, WEIGHTS_FILE, WEIGHTS_PATTERN
+from clipflow.models.unilip.checkpoint import INDEX_FILE, WEIGHTS_FILE
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -143,36 +142,6 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-@contextmanager
-def whole_folder(directory: Path) -> Iterator[Path]:
-    """An empty folder whose files are moved into `directory` after the `with` block.
-
-    An error leaves `directory` as it was, or does not make it. Weights that are there give way, and
-    so do files of the same names; others stay. config.json comes last, so that a crash between two
-    moves leaves a folder that does not load.
-    """
-    is_new = not directory.exists()
-    directory.mkdir(exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".converting-", dir=directory))
-    try:
-        yield staging
-        files = sorted(staging.iterdir(), key=lambda path: path.name == "config.json")
-        if any(path.name == "config.json" for path in files):
-            (directory / "config.json").unlink(missing_ok=True)
-        for old in directory.iterdir():
-            if WEIGHTS_PATTERN.fullmatch(old.name):
-                old.unlink()
-        for new in files:
-            os.replace(new, directory / new.name)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        if is_new:
-            with suppress(OSError):  # not empty: another process writes there too
-                directory.rmdir()
-        raise
-    shutil.rmtree(staging)
 
 
 def copy_files(files: Sequence[Path], folder: Path) -> None:

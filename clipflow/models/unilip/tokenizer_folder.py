@@ -12,7 +12,7 @@ import torch
 from clipflow.models.unilip.checkpoint import open_weights, read_config, save_folder
 from clipflow.models.unilip.image_codec import MODEL_TYPE, PARTS, ImageTokenizer, TokenizerConfig
 from clipflow.models.unilip.keys import map_names
-from clipflow.models.unilip.loading import load_weights, read_unilip_config, without_memory
+from clipflow.models.unilip.loading import empty_model, read_unilip_config, read_weights
 
 
 def is_tokenizer_folder(directory: Path) -> bool:
@@ -54,6 +54,7 @@ def load_image_tokenizer(
     else:
         config = TokenizerConfig.of_model(read_unilip_config(values, shapes))
         names = {own: found for own, found in names.items() if own.split(".")[0] in PARTS}
-    model = without_memory(ImageTokenizer, config, shapes)
-    load_weights(model, weights, names, str(directory), dtype=dtype, device=device)
+        shapes = {own: shapes[own] for own in names}
+    model = empty_model(ImageTokenizer, config, shapes, str(directory))
+    read_weights(model, weights, names, str(directory), dtype=dtype, device=device)
     return model.eval()
