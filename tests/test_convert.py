@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import tarfile
 import zipfile
@@ -16,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import clipflow
 from clipflow.cli.convert import size
 from clipflow.cli.main import main
 from clipflow.errors import InputError
@@ -487,6 +489,15 @@ class TestWriting:
         convert_checkpoint(source, tmp_path / "out", max_shard_bytes=100)
         (tmp_path / "out" / "plain").touch()
         assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
+
+
+def test_nothing_else_unpickles():
+    """PyTorch's unpickler is called in one place, and Python's own nowhere."""
+    package = Path(clipflow.__file__).parent
+    for path in package.rglob("*.py"):
+        text = path.read_text()
+        assert "torch.load(" not in text or path.name == "pickle_files.py", path
+        assert not re.search(r"\bpickle\.(loads?|Unpickler)\b|trust_remote_code=True", text), path
 
 
 @pytest.mark.parametrize(

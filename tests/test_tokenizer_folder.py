@@ -154,6 +154,7 @@ class TestFolder:
             "vae_decoder": torch.float32,
         }
         assert narrow.dtype == torch.bfloat16
+        assert narrow.image_processor == tokenizer.image_processor
         narrow.to(dtype=torch.float32)
         assert {p.dtype for p in narrow.model.parameters()} == {torch.float32}
         assert narrow.encode(picture(), resolution=28).shape == (1, 32, 1, 1)

@@ -13,7 +13,8 @@ from clipflow.errors import InputError
 from clipflow.models.unilip.image_codec import ImageTokenizer
 from clipflow.models.unilip.tokenizer_folder import load_image_tokenizer, save_image_tokenizer
 from clipflow.pipelines.arguments import listed
-from clipflow.pipelines.image_io import ImageInput
+from clipflow.pipelines.image_io import ImageInput, write_atomically
+from clipflow.pipelines.image_processor import FILE_NAME as PROCESSOR_FILE
 from clipflow.pipelines.image_processor import ImageProcessor
 from clipflow.pipelines.model_folders import find_model
 from clipflow.pipelines.options import check_output_type
@@ -74,8 +75,10 @@ class UniLIPTokenizer:
         return cls(model, image_processor=processor)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and safetensors, which `from_pretrained` reads."""
+        """Write everything that `from_pretrained` reads; weights come back bitwise."""
         save_image_tokenizer(self.model, folder)
+        text = self.image_processor.to_json()
+        write_atomically(Path(folder) / PROCESSOR_FILE, lambda file: file.write(text.encode()))
 
     @property
     def device(self) -> torch.device:
