@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 if TYPE_CHECKING:
     import torch
 
-    from clipflow.pipelines import CLIPFlowPipeline
+    from clipflow.pipelines import CLIPFlowPipeline, UniLIPTokenizer
     from clipflow.sampling import StepCache
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -158,6 +158,23 @@ def load_pipeline(args: argparse.Namespace) -> CLIPFlowPipeline:
     return pipe
 
 
+def load_tokenizer(args: argparse.Namespace) -> UniLIPTokenizer | None:
+    """The tokenizer that the model options name; None where they name a whole model."""
+    import torch
+
+    from clipflow.pipelines import model_folders
+
+    device = chosen_device(args.device)
+    folder = model_folders.find_model(args.model, local_files_only=not args.download)
+    from clipflow.models.unilip.tokenizer_folder import is_tokenizer_folder  # slow
+
+    if not is_tokenizer_folder(folder):
+        return None
+    from clipflow.pipelines import UniLIPTokenizer
+
+    return UniLIPTokenizer.from_pretrained(folder, device=device, dtype=getattr(torch, args.dtype))
+
+
 def chosen_device(name: str) -> torch.device:
     """The device called `name`.
 
@@ -210,6 +227,11 @@ def at_least_none(value: str) -> int:
 def probability(value: str) -> float:
     """A probability above 0."""
     return _number(value, "a number above 0 and at most 1", lambda number: 0 < number <= 1)
+
+
+def picture_side(value: str) -> int:
+    """Side of a picture in pixels, with room for the windows of SSIM."""
+    return _whole(value, 7, 10**6)
 
 
 def guidance(value: str) -> float:

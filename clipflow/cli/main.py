@@ -12,6 +12,7 @@ from clipflow.cli import (
     bench,
     chat,
     classify,
+    convert,
     demo,
     doctor,
     edit,
@@ -25,7 +26,8 @@ from clipflow.cli.arguments import HelpFormatter, OneLineParser, UsageError
 
 # In the order of --help.
 COMMANDS = (
-    demo, generate, edit, ask, chat, classify, reconstruct, evaluate, train, bench, doctor, info,
+    demo, generate, edit, ask, chat, classify, reconstruct, evaluate, train, convert, bench,
+    doctor, info,
 )  # fmt: skip
 
 DESCRIPTION = """\
