@@ -20,8 +20,10 @@ from unilip_fixture import load_fixture
 
 from clipflow.models.unilip.model import _qwen2_config
 from clipflow.models.unilip.reading import Reading
+from clipflow.pipelines import CLIPFlowPipeline
 from clipflow.pipelines.conversation import conversations_of
 from clipflow.pipelines.tiling import TileSet
+from clipflow.testing import write_unilip_folder
 
 SYSTEM = "你是书生·万象。"
 NEW_TOKENS = 10
@@ -352,3 +354,27 @@ def test_the_recorded_model_agrees_at_its_published_picture_size():
         near(reading.next_logits, logits)
         assert reading.next_logits.argmax() == token
         reading.extend(token[None])
+
+
+@torch.no_grad()
+def test_a_published_folder_converses_as_theirs(tmp_path):
+    """Its own tokenizer and system message, 448 px, three tiles and the thumbnail."""
+    write_unilip_folder(tmp_path, size="tiny", dtype=torch.float32)
+    pipe = CLIPFlowPipeline.from_pretrained(tmp_path)
+    messages = [user(picture(3, 900, 300), "Vad är det? 雲")]
+    ids, mask, pixels = prepared(pipe, [messages])
+    assert pixels.shape == (4, 3, 448, 448)
+    assert int((ids == pipe.model.config.tokens.img_context).sum()) == 4 * 256
+    assert pipe.tokenizer.decode(ids[0]).startswith("<|im_start|>system\n你是书生·万象，英文名是")
+    end, pad = pipe.model.config.tokens.im_end, pipe.model.config.tokens.pad
+    output = internvl_of(pipe.model).generate(
+        input_ids=ids,
+        attention_mask=mask,
+        pixel_values=pixels,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+    wanted = pipe.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert pipe.chat(messages, max_new_tokens=NEW_TOKENS) == wanted != ""
