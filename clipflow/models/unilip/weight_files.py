@@ -88,12 +88,14 @@ class WeightFile:
 
     def converted(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A copy in `dtype` on `device`; pages of the file do not stay in the process for it."""
-        stored = self.tensors[name]
-        source = self.mapped(name).flatten()
-        result = torch.empty(stored.shape, dtype=dtype, device=device)
-        flat, step = result.view(-1), CHUNK if device.type == "cpu" else max(1, source.numel())
-        for first in range(0, len(source), step):
-            flat[first : first + step] = source[first : first + step].to(device)
+        stored, source = self.tensors[name], self.mapped(name)
+        if device.type == "cpu":
+            result = torch.empty(stored.shape, dtype=dtype)
+            pieces = zip(result.view(-1).split(CHUNK), source.view(-1).split(CHUNK), strict=True)
+            for into, piece in pieces:
+                into.copy_(piece)
+        else:
+            result = source.to(device).to(dtype)
         self._advise("MADV_DONTNEED", stored.begin, stored.nbytes)
         return result
 
