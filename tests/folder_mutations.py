@@ -257,11 +257,10 @@ def values() -> dict[str, Mutation]:
         return change
 
     kinds = list(INFINITIES.items())
-    found = {}
-    for i, name in enumerate(PARTS):
-        for what, bits in (kinds[i % 4], kinds[(i + 1) % 4]):
-            found[f"{what} in {name}"] = put(name, bits, last=i % 2 == 1)
-    return found
+    return {
+        f"{kinds[i % 4][0]} in {name}": put(name, kinds[i % 4][1], last=i % 2 == 1)
+        for i, name in enumerate(PARTS)
+    }
 
 
 def files(marker: Path) -> dict[str, Mutation]:
