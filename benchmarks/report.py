@@ -20,6 +20,7 @@ from benchmarks.machine import RESULTS
 from benchmarks.ratio_plot import ratio_plot
 from benchmarks.report_sampling import growth_section, sampling_section
 from benchmarks.report_text import ratio_text, table
+from benchmarks.report_unilip import loading_section, unilip_section
 from benchmarks.roofline_plot import roofline_plot
 
 SHORT_RUN = RESULTS.parents[1] / "build" / "bench"
@@ -92,6 +93,8 @@ def render(results: list[Result]) -> str:
         "sampling": sampling_section,
         "growth": growth_section,
         "startup": startup_section,
+        "unilip": unilip_section,
+        "loading": loading_section,
         "kernels": kernels_section,
     }
     parts = ["# clipflow benchmarks\n", PLOTS]

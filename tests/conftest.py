@@ -14,7 +14,7 @@ _PROPERTIES = {
 }
 settings.register_profile("default", max_examples=100, derandomize=True, **_PROPERTIES)
 settings.register_profile("thorough", max_examples=2000, **_PROPERTIES)
-settings.register_profile("interpreter", max_examples=5, derandomize=True, **_PROPERTIES)
+settings.register_profile("interpreter", max_examples=3, derandomize=True, **_PROPERTIES)
 settings.load_profile("interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "default")
 
 

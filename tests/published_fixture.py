@@ -10,13 +10,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from torch import Tensor
 from unilip_fixture import fixture_config, parity_dir
 
+from clipflow.pipelines.image_processor import ImageProcessor
 from clipflow.testing import published_config
 
 PROMPT, INSTRUCTION = "a prompt", "an instruction"
 
 
-@dataclass(frozen=True)
-class RecordedPixels:
+@dataclass(frozen=True, kw_only=True)
+class RecordedPixels(ImageProcessor):
     """In place of the image processor: the recorded pixels, which are of no 8-bit picture."""
 
     pixel_values: Tensor

@@ -1,6 +1,6 @@
 """Every registered op at working points and memory layouts drawn at random.
 
-100 examples an op, 5 in Triton's interpreter. For 2,000 of them:
+100 examples an op, 3 in Triton's interpreter. For 2,000 of them:
 
     pytest tests/test_ops_properties.py --hypothesis-profile thorough
 """

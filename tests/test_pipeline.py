@@ -1,5 +1,6 @@
 """The pipeline around a tiny random model: calls, determinism, batches, folders, bad input."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -50,6 +51,44 @@ def test_output_types(pipe):
     assert latents.shape == (1, *pipe.model.latent_shape) and latents.dtype == torch.float32
     decoded = pipe.model.decode(latents / pipe.model.config.unilip_factor)
     assert decoded.shape == (1, 3, 64, 64)
+
+
+@torch.no_grad()
+def test_native_resolution_is_what_was_decoded(pipe):
+    latents = draw(pipe, "a red circle", generator=seeded(1), output_type="latent")
+    native = draw(pipe, "a red circle", generator=seeded(1), output_resolution="native")
+    decoded = pipe.model.decode(latents / pipe.model.config.unilip_factor)
+    assert torch.equal(native, (decoded / 2 + 0.5).clamp(0, 1))
+    sized = {"height": 64, "width": 64, "generator": seeded(1)}
+    assert torch.equal(draw(pipe, "a red circle", **sized), native)
+
+
+def test_noise_is_drawn_in_the_dtype_of_the_model_and_in_order():
+    """One generator for four pictures gives the noise of four draws, in bfloat16 for UniLIP."""
+    pipe = tiny_pipeline()
+    pipe.model.config = dataclasses.replace(pipe.model.config, noise_dtype="bfloat16")
+    seen = []
+    draw(
+        pipe,
+        PROMPTS[:2],
+        num_images_per_prompt=2,
+        generator=seeded(3),
+        solver="euler",
+        callback_on_step_end=lambda p, step, t, tensors: seen.append(tensors["latents"].clone()),
+    )
+    dice = seeded(3)
+    shape = (1, *pipe.model.latent_shape)
+    noise = [torch.randn(shape, generator=dice, dtype=torch.bfloat16).float() for _ in range(4)]
+    again = []
+    draw(
+        pipe,
+        PROMPTS[:2],
+        num_images_per_prompt=2,
+        latents=torch.cat(noise),
+        solver="euler",
+        callback_on_step_end=lambda p, step, t, tensors: again.append(tensors["latents"].clone()),
+    )
+    assert torch.equal(seen[0], again[0])
 
 
 def test_a_seed_means_one_picture(pipe):
@@ -244,6 +283,7 @@ BAD_CALLS = [
     ({"solver": "ddim"}, "dpmpp_2m, euler, heun, got 'ddim'"),
     ({"num_images_per_prompt": 0}, "at least 1, got 0"),
     ({"output_type": "gif"}, "got 'gif'"),
+    ({"output_resolution": 512}, "model, native, got 512"),
     ({"generator": [torch.Generator()] * 3}, "list of 3"),
     ({"latents": torch.zeros(1, 2, 3)}, r"latents must be \[1, 16, 8, 8\], got \[1, 2, 3\]"),
     ({"negative_prompt": ["a", "b"]}, "negative_prompt must be one text or a list of 1, got 2"),

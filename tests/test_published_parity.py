@@ -43,7 +43,8 @@ def pipe(folder, recorded):
 
 def load(folder, recorded):
     pipe = CLIPFlowPipeline.from_pretrained(folder)
-    pipe.image_processor = RecordedPixels(recorded["image.pixel_values"])
+    pixels = recorded["image.pixel_values"]
+    pipe.image_processor = RecordedPixels(**vars(pipe.image_processor), pixel_values=pixels)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

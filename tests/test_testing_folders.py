@@ -13,7 +13,6 @@ from transformers import Qwen2TokenizerFast
 from clipflow.errors import InputError
 from clipflow.models.unilip.published import VOCABULARY, config_from_published
 from clipflow.testing import (
-    SIZES,
     plan_tensors,
     published_config,
     size_config,
@@ -45,21 +44,21 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("size", ["1b", "3b"])
-@pytest.mark.parametrize("prefixes", ["in_memory", "reverse_mapped"])
-def test_names_and_shapes_are_those_of_the_published_files(size, prefixes):
+def test_names_and_shapes_are_those_of_the_published_files(size):
     """By plan alone: nothing of the size of the weights is made."""
     reference = reference_shapes(size)
-    if prefixes == "reverse_mapped":
-        reference = {reverse_mapped(name): shape for name, shape in reference.items()}
     tensors = plan_tensors(size_config(size, vocab_size=VOCABULARY), torch.bfloat16)
-    assert {published_name(own, prefixes): shape for own, (shape, _) in tensors.items()} == (
-        reference
-    )
+    shapes = {own: shape for own, (shape, _) in tensors.items()}
+    assert {published_name(own): shape for own, shape in shapes.items()} == reference
+    mapped = {reverse_mapped(name): shape for name, shape in reference.items()}
+    found = {published_name(own, "reverse_mapped"): shape for own, shape in shapes.items()}
+    assert found == mapped
     assert {dtype for _, dtype in tensors.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("size", "tied"), [("tiny", False), ("tiny", True), ("1b", False), ("3b", True)]
+)
 def test_the_written_config_and_shapes_say_what_the_model_is(size, tied):
     config = size_config(size, tied=tied)
     shapes = {name: shape for name, (shape, _) in plan_tensors(config, torch.float16).items()}
@@ -113,7 +112,7 @@ def test_a_tensor_longer_than_the_block_goes_around_its_end():
     weights, shape = RandomWeights(0), (3, BLOCK)
     weights.write("a.weight", shape, torch.float16, pieces.extend)
     rows = torch.frombuffer(pieces, dtype=torch.float16).view(shape)
-    assert torch.equal(rows[0], rows[2]) and torch.equal(rows.sort().values[0], rows[1].sort()[0])
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
     short = bytearray()
     weights.write("a.weight", (1, 40), torch.float16, short.extend)
     begin = torch.frombuffer(short, dtype=torch.float16).double() * 40**0.5

@@ -101,6 +101,7 @@ def fixture_config(folder: Path) -> UniLIPConfig:
         image_mean=(0.485, 0.456, 0.406),
         image_std=(0.229, 0.224, 0.225),
         system_message="",
+        noise_dtype="bfloat16",
     )
 
 

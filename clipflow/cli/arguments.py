@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 SOLVERS = ("dpmpp_2m", "euler", "heun")
 TIERS = ("faithful", "fast")
+OUTPUT_RESOLUTIONS = ("model", "native")
 OFFLOAD_MODES = ("auto", "never", "always")
 
 
@@ -76,7 +77,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """--steps, --guidance, --solver, --seed, --num-images, --tier, --step-cache."""
+    """--steps, --guidance, --solver, --seed, --num-images, --output-resolution, and of speed."""
     group = parser.add_argument_group("sampling")
     group.add_argument("--steps", type=steps, help="solver steps (default: the model's, 20)")
     group.add_argument(
@@ -88,6 +89,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=seed, help="of the first picture; the next ones count up")
     group.add_argument(
         "--num-images", type=at_least_one, default=1, metavar="N", help="pictures of each text"
+    )
+    group.add_argument(
+        "--output-resolution",
+        choices=OUTPUT_RESOLUTIONS,
+        default="model",
+        help="as the model's authors resize, or native: as decoded (default: model)",
     )
     add_speed_options(group)
 
@@ -109,6 +116,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance,
         "solver": args.solver,
+        "output_resolution": args.output_resolution,
         **speed_options(args),
     }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clipflow.cli.arguments import UsageError, add_command
 
-NAMES = ("ops", "sampling", "startup", "kernels", "report", "tune")
+NAMES = ("ops", "sampling", "startup", "unilip", "loading", "kernels", "report", "tune")
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:

@@ -52,6 +52,7 @@ class CLIPFlowPipeline(LanguageCalls):
         generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
+        output_resolution: str = "model",
         return_dict: bool = True,
         callback_on_step_end: StepEndCallback | None = None,
         batch_invariant: bool = False,
@@ -76,6 +77,8 @@ class CLIPFlowPipeline(LanguageCalls):
                 prompts gives what one by one would.
             latents: noise to start from, [pictures, C, h, w].
             output_type: "pil", "np", "pt" or "latent" (as sampled).
+            output_resolution: "model" resizes pictures of native size as the model's authors do
+                (UniLIP: 512 px decoded, 448 px handed out); "native" keeps what was decoded.
             return_dict: False returns the tuple (images,).
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": ...}) after
                 each step; may return such a dict with other latents. Pictures of several sizes, or
@@ -105,6 +108,7 @@ class CLIPFlowPipeline(LanguageCalls):
             generator=generator,
             latents=latents,
             output_type=output_type,
+            output_resolution=output_resolution,
             callback=callback_on_step_end,
             batch_invariant=batch_invariant,
             tier=tier,
@@ -132,6 +136,7 @@ class CLIPFlowPipeline(LanguageCalls):
         generator: Generators = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
+        output_resolution: str = "model",
         return_dict: bool = True,
         callback_on_step_end: StepEndCallback | None = None,
         batch_invariant: bool = False,
@@ -166,6 +171,7 @@ class CLIPFlowPipeline(LanguageCalls):
             generator=generator,
             latents=latents,
             output_type=output_type,
+            output_resolution=output_resolution,
             callback=callback_on_step_end,
             batch_invariant=batch_invariant,
             tier=tier,
@@ -244,7 +250,8 @@ class CLIPFlowPipeline(LanguageCalls):
         each = options.images // prompts
         rows = [condition for condition in conditions for _ in range(each)]
         cond, null = rows[: options.images], rows[options.images :]
-        noise = options.noise(self.model.config.decoder.latent_channels, self.device)
+        dtype = getattr(torch, self.model.config.noise_dtype)
+        noise = options.noise(self.model.config.decoder.latent_channels, self.device, dtype)
         runs = self.sampler.runs(options)
         total = len(runs) * options.num_inference_steps
         with tqdm(total=total, **self._progress_bar_config) as bar:
@@ -265,10 +272,11 @@ class CLIPFlowPipeline(LanguageCalls):
             for run, (_, steps) in zip(runs, sampled, strict=True)
             for sample in run.samples
         }
+        resize = options.output_resolution == "model"
         needs_decoder = options.output_type != "latent"
         with self.offload.running(DECODER) if needs_decoder else nullcontext():
             pictures = [
-                self._pictures(latents, options.output_type, native=run.size.native)
+                self._pictures(latents, options.output_type, resize=run.size.native and resize)
                 for run, (latents, _) in zip(runs, sampled, strict=True)
             ]
         return in_order(pictures, [run.samples for run in runs]), (
@@ -286,11 +294,11 @@ class CLIPFlowPipeline(LanguageCalls):
 
         return after_step
 
-    def _pictures(self, latents: Tensor, output_type: str, *, native: bool = True) -> Pictures:
+    def _pictures(self, latents: Tensor, output_type: str, *, resize: bool = True) -> Pictures:
         if output_type == "latent":
             return latents
         decoded = self.model.decode(latents.float() / self.model.config.unilip_factor)
-        size = self.model.config.output_size if native else None
+        size = self.model.config.output_size if resize else None
         return postprocess(decoded, size, output_type)
 
     @staticmethod

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from clipflow.errors import InputError
 from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.pipelines.arguments import is_list
-from clipflow.pipelines.output import OUTPUT_TYPES
+from clipflow.pipelines.output import OUTPUT_RESOLUTIONS, OUTPUT_TYPES
 from clipflow.sampling import SOLVERS, TIERS, StepCache
 from clipflow.sampling.step_cache import check_step_cache
 
@@ -47,6 +48,7 @@ class SamplingOptions:
         generator: one for all pictures, or one for each.
         latents: noise to start from, or None.
         output_type: one of `OUTPUT_TYPES`.
+        output_resolution: one of `OUTPUT_RESOLUTIONS`.
         callback: the user's own, or None.
         batch_invariant: sample each picture by itself.
         tier: one of `clipflow.sampling.TIERS`.
@@ -61,6 +63,7 @@ class SamplingOptions:
     generator: Generators
     latents: Tensor | None
     output_type: str
+    output_resolution: str
     callback: StepEndCallback | None
     batch_invariant: bool
     tier: str
@@ -72,6 +75,7 @@ class SamplingOptions:
             check_guidance(scale)
         check_solver(self.solver)
         check_output_type(self.output_type)
+        check_output_resolution(self.output_resolution)
         check_tier(self.tier)
         check_step_cache(self.step_cache, self.solver)
         _check_interval(self.guidance_interval)
@@ -92,12 +96,13 @@ class SamplingOptions:
         """Whether any picture has null rows."""
         return any(scale != 1.0 for scale in self.guidance_scales)
 
-    def noise(self, channels: int, device: torch.device) -> list[Tensor]:
+    def noise(self, channels: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """Starting latents of each picture, [C, h, w] float32: those given, or drawn.
 
-        Noise is drawn in float32 on the generator's own device, so that a seed means the same
-        picture whatever the device and dtype of the model.
+        Noise is drawn in `dtype`, which belongs to the model, on the generator's own device, so
+        that a seed means the same picture whatever the model computes in, and where.
         """
+        draw = partial(_draw, dtype=dtype, device=device)
         same = len(set(self.sizes)) == 1
         if self.latents is not None:
             wanted = [self.images, channels, *self.sizes[0][:2]]
@@ -108,11 +113,11 @@ class SamplingOptions:
         if isinstance(self.generator, Sequence):
             dice = self.generator
         elif same:
-            return list(_draw((self.images, channels, *self.sizes[0][:2]), self.generator, device))
+            return list(draw((self.images, channels, *self.sizes[0][:2]), self.generator))
         else:
             dice = [self.generator] * self.images
         shapes = [(channels, size.h, size.w) for size in self.sizes]
-        return [_draw(shape, one, device) for shape, one in zip(shapes, dice, strict=True)]
+        return [draw(shape, one) for shape, one in zip(shapes, dice, strict=True)]
 
 
 def each_image(name: str, value: object, prompts: int, images_per_prompt: int) -> tuple[Any, ...]:
@@ -189,6 +194,15 @@ def check_output_type(output_type: str) -> None:
         )
 
 
+def check_output_resolution(output_resolution: str) -> None:
+    """Raise InputError unless it is known how large to hand out pictures."""
+    if output_resolution not in OUTPUT_RESOLUTIONS:
+        raise InputError(
+            f"output_resolution must be one of {', '.join(OUTPUT_RESOLUTIONS)}, "
+            f"got {output_resolution!r}"
+        )
+
+
 def _check_interval(interval: object) -> None:
     pair = is_list(interval) and len(interval) == 2
     if not pair or not all(isinstance(end, (int, float)) for end in interval):
@@ -199,7 +213,12 @@ def _check_interval(interval: object) -> None:
 
 
 def _draw(
-    shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device
+    shape: tuple[int, ...],
+    generator: torch.Generator | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     source = generator.device if generator is not None else device
-    return torch.randn(shape, generator=generator, device=source).to(device)
+    noise = torch.randn(shape, generator=generator, device=source, dtype=dtype)
+    return noise.to(device, torch.float32)

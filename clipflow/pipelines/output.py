@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# As the model was published (UniLIP: resized to 448 px), or as decoded (UniLIP: 512 px).
+OUTPUT_RESOLUTIONS = ("model", "native")
 
 # Arrays and tensors of several sizes come in a list.
 Pictures = list[Image.Image] | np.ndarray | Tensor | list[np.ndarray] | list[Tensor]

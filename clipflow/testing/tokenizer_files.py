@@ -10,6 +10,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+
 from clipflow.errors import InputError
 
 FORMS = ("slow", "fast")
@@ -88,18 +99,7 @@ def _vocabulary(size: int) -> dict[str, int]:
     return {word: place for place, word in enumerate(words)}
 
 
-def _fast_tokenizer(vocabulary: dict[str, int]):
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-    )
-
+def _fast_tokenizer(vocabulary: dict[str, int]) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in MERGES]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False, byte_fallback=False))
     tokenizer.normalizer = normalizers.NFC()

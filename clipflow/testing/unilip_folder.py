@@ -7,7 +7,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -53,13 +53,13 @@ def write_unilip_folder(
 ) -> Path:
     """Write a UniLIP folder of the published form with random weights.
 
-    The weights go to the disk as they are made: a few tens of MB of memory do for every size, which
-    are 3.7 GB ("1b") and 8.4 GB ("3b") of bfloat16 on the disk. The folder appears under its name
-    when it is whole; an error leaves nothing.
+    The weights go to the disk as they are made, a block of at most 17 MB at a time, whatever the
+    size: 3.6 GB ("1b") or 8.3 GB ("3b") of bfloat16. The folder appears under its name when it is
+    whole; an error leaves nothing.
 
     Args:
         directory: a folder that is not there yet, or empty.
-        size: "tiny" (the form at small widths, 2 MB), "1b" or "3b".
+        size: "tiny" (the form at small widths, 2.5 MB), "1b" or "3b".
         dtype: of all weights: float32, bfloat16 or float16.
         seed: the same gives the same bytes.
         max_shard_size: of one weights file, as in `save_pretrained`; more makes several files and
@@ -178,7 +178,7 @@ def _write_weights(
     hidden = not progress if progress is not None else total < SHOW_PROGRESS_FROM
     with tqdm(total=total, unit="B", unit_scale=True, disable=hidden) as bar:
 
-        def write(name: str, take) -> None:
+        def write(name: str, take: Callable[[memoryview], object]) -> None:
             shape, dtype = planned[name]
             weights.write(names.get(name, name), shape, dtype, take)
             bar.update(math.prod(shape) * dtype.itemsize)

@@ -13,6 +13,7 @@ from clipflow.models.unilip.parsing import build
 MODEL_TYPE = "clipflow_unilip"
 LARGEST = 1e12
 DECODER_BLOCKS = ("ResBlock", "EfficientViTBlock")
+NOISE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,8 @@ class UniLIPConfig:
     """A whole model.
 
     `output_size` is the side of the pictures handed to the user (the decoder's are resized to it);
-    `system_message` begins every understanding prompt when it is not empty.
+    `system_message` begins every understanding prompt when it is not empty; `noise_dtype` is what
+    starting noise is drawn in, whatever the model computes in: with it a seed means a picture.
 
     Raises:
         ValueError: sizes that do not fit together; one error names them all.
@@ -98,6 +100,7 @@ class UniLIPConfig:
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
     system_message: str
+    noise_dtype: str
 
     def __post_init__(self) -> None:
         problems = [text for text, wrong in _rules(self) if wrong]
@@ -162,6 +165,10 @@ def _rules(config: UniLIPConfig) -> list[tuple[str, bool]]:
         ),
         (f"decoder.block_types must be of {list(DECODER_BLOCKS)}, got {blocks}", bool(blocks)),
         (f"tokens must be below vocab_size {text.vocab_size}, got {outside}", bool(outside)),
+        (
+            f"noise_dtype must be one of {list(NOISE_DTYPES)}, got {config.noise_dtype!r}",
+            config.noise_dtype not in NOISE_DTYPES,
+        ),
     ]
 
 

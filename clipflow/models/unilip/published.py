@@ -296,4 +296,5 @@ def _shared(vision: VisionConfig) -> dict[str, object]:
         "image_mean": IMAGENET_MEAN,
         "image_std": IMAGENET_STD,
         "system_message": SYSTEM_MESSAGE,
+        "noise_dtype": "bfloat16",  # what the reference runs in
     }

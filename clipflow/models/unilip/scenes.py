@@ -74,6 +74,7 @@ def scenes_config(vocab_size: int, tokens: TokenIds) -> UniLIPConfig:
         image_mean=(0.5, 0.5, 0.5),
         image_std=(0.25, 0.25, 0.25),
         system_message="",
+        noise_dtype="float32",
     )
 
 
