@@ -71,29 +71,31 @@ def on_gpu(result: Result) -> bool:
 
 
 def ops_part(ops: Result) -> str:
-    """The table of ops: geometric mean and worst case against eager PyTorch and Inductor."""
+    """The slowest and the fastest op against eager PyTorch and Inductor."""
     ratios = {
         (s["op"], s["peer"]): s for s in ops["summaries"] if s["backend"] == "native"
     }  # fmt: skip
     names = [op for op, peer in ratios if peer == "inductor" and op != "quantized_linear"]
+    sizes = len({(r["op"], r["case"]) for r in ops["rows"] if r["op"] in names})
     losses = [case for op in names for peer in ("eager", "inductor")
               for case in ratios[op, peer]["losses"]]  # fmt: skip
-    slower = f"Slower at {len(losses)} of them." if losses else "Slower at none."
     machine = ops["machine"]
     torch = ".".join(machine["versions"]["torch"].split(".")[:2])
-    head = (
+    text = (
         f"Speed on {machine['cores']} cores of an {machine['cpu']} ({machine['instruction_set']}), "
-        f"{ops['settings']['dtype']}, PyTorch {torch}, `clipflow bench ops`: times faster, in the "
-        f"geometric mean over sizes of real models and, in brackets, at the worst of them. {slower}"
+        f"{ops['settings']['dtype']}, PyTorch {torch}. The fused ops (`clipflow bench ops`) are "
+        f"{span(ratios, names, 'eager')} times as fast as eager PyTorch and "
+        f"{span(ratios, names, 'inductor')} times as Inductor's code, in the geometric mean over "
+        f"sizes of real models; slower at {len(losses) or 'none'} of {sizes} sizes."
     )
-    title = "| C++ on the CPU | eager | Inductor "
-    lines = [filled(head), "", f"{title * 2}|", "|---" * 6 + "|"]
-    cells = [
-        " | ".join([f"| `{op}`", *(mean_and_worst(ratios[op, p]) for p in ("eager", "inductor"))])
-        for op in names
-    ]
-    lines += [" ".join([*cells[i : i + 2], "|"]) for i in range(0, len(cells), 2)]
-    return "\n".join([*lines, ""])
+    return filled(text) + "\n"
+
+
+def span(ratios: dict[tuple[str, str], Result], names: list[str], peer: str) -> str:
+    """The least and the greatest geometric mean, with the ops that they belong to."""
+    means = {op: ratios[op, peer]["geomean"] for op in names}
+    ends = (min(means, key=means.get), max(means, key=means.get))
+    return " to ".join(f"{means[op]:.1f} (`{op}`)" for op in ends)
 
 
 def sampling_part(sampling: Result) -> str:
@@ -118,14 +120,6 @@ def sampling_part(sampling: Result) -> str:
         size = f"{model}, {blocks_of(sampling, what, model)} blocks"
         lines.append(f"| {size} | {' | '.join(cells)} |")
     lines.append("")
-    if image := sampling.get("image"):
-        rows = {row["name"]: row for row in image["rows"]}
-        ours = rows["faithful"]
-        lines += [filled(
-            f"The embedded model draws a picture ({image['steps']} steps) in {ours['wall_s']:.2f} "
-            f"s, {ours['times_faster_than_eager']['value']:.1f} times as fast as its own unfused "
-            "path."
-        ), ""]  # fmt: skip
     return "\n".join(lines)
 
 

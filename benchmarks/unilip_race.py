@@ -25,14 +25,14 @@ THINGS = ("house", "tower", "river", "forest", "garden", "street", "bridge", "ca
 PROMPT = "a photo of a {} at the end of the day, with a lake in front and hills behind it"
 
 
-def race(folder: Path, *, steps: int, rounds: int) -> Result:
+def race(folder: Path, *, steps: int, rounds: int, pictures: int = PICTURES) -> Result:
     """Seconds of every round and phase, and paired ratios of reference over ours."""
     pipe = CLIPFlowPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     truncate(pipe, BLOCKS)
     reference = ReferencePipeline(pipe.model, pipe.prompts, guidance=GUIDANCE, steps=steps)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(PICTURES, *pipe.model.latent_shape, generator=generator)
+    noise = torch.randn(pictures, *pipe.model.latent_shape, generator=generator)
     names = ("reference", "faithful", "fast")
     ours(pipe, PROMPT.format("square"), noise, steps, "faithful")  # makes plans, knows the null
     ours(pipe, PROMPT.format("square"), noise, steps, "fast")
@@ -56,7 +56,7 @@ def race(folder: Path, *, steps: int, rounds: int) -> Result:
             errors[name] = max(error, errors.get(name, 0.0))
     wrong = [] if errors["faithful"] <= ERROR_BAR else [f"faithful: {errors['faithful']:.1e}"]
     rows = [_row(name, times, errors) for name in names]
-    return {"pictures": PICTURES, "blocks": BLOCKS, "steps": steps, "rounds": rounds,
+    return {"pictures": pictures, "blocks": BLOCKS, "steps": steps, "rounds": rounds,
             "bar": BAR, "rows": rows, "wrong": wrong}  # fmt: skip
 
 

@@ -14,6 +14,7 @@ _EXPORTS = {
     "CLIPFlowPipeline": "clipflow.pipelines",
     "FirstBlockCache": "clipflow.sampling",
     "TaylorForecast": "clipflow.sampling",
+    "UniLIPTokenizer": "clipflow.pipelines",
     "accelerate": "clipflow.acceleration",
     "BackendUnavailable": "clipflow.errors",
     "ShapeError": "clipflow.errors",

@@ -23,6 +23,15 @@ def test_every_op_states_formula_and_source():
         assert op.traffic and op.public.__doc__, op.name
 
 
+def test_the_examples_of_understanding_run():
+    text = (ROOT / "docs/understanding.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(block, names)
+    assert names["label"] == "a red circle and a blue square" and names["probability"] > 0.5
+    assert names["answers"] == ["square", "red"]
+
+
 def test_the_example_op_of_contributing_passes_the_tests_of_every_op(tmp_path):
     """The contract printed in CONTRIBUTING.md, put into the table by its one line, is tested."""
     text = (ROOT / "CONTRIBUTING.md").read_text()

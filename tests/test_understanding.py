@@ -7,7 +7,9 @@ from tiny_pipeline import tiny_pipeline
 from clipflow.errors import ShapeError
 from clipflow.models.unilip.reading import Reading
 from clipflow.pipelines import understanding
-from clipflow.pipelines.understanding import greedy_tokens, label_log_likelihoods, label_trees
+from clipflow.pipelines.answers import Answer, AnswerEnd, make_answers
+from clipflow.pipelines.token_sampling import TokenSampling
+from clipflow.pipelines.understanding import label_log_likelihoods, label_trees
 
 QUESTIONS = ["what?", "what colour is the circle left of the star?", "how many squares are there?"]
 
@@ -37,6 +39,14 @@ def logits_anew(pipe, features, question, said):
     ids = torch.tensor([pipe.prompts.ids(pipe.prompts.question(question)) + said])
     logits = pipe.model.logits(ids, torch.ones_like(ids), features[None])
     return logits[0, -len(said) - 1 :].float()
+
+
+def say(pipe, reading, stop):
+    end = AnswerEnd(tokens=frozenset({stop}), max_new_tokens=8)
+    answers = [Answer(pipe.tokenizer, end) for _ in reading.lengths]
+    for _ in make_answers(reading, answers, TokenSampling(), []):
+        pass
+    return answers
 
 
 @torch.no_grad()
@@ -76,8 +86,8 @@ def test_what_is_asked_about_one_picture_is_begun_once(pipe, features, asked):
 def test_a_token_more_is_written_where_room_was_left(pipe, features):
     reading = read(pipe, features, QUESTIONS)
     before = [[b.data_ptr() for b in pair] for pair in reading._buffers]
-    for _ in greedy_tokens(reading, stop=-1, max_new_tokens=8):
-        pass
+    answers = say(pipe, reading, stop=-1)
+    assert [len(answer.tokens) for answer in answers] == [8, 8, 8]
     assert [[b.data_ptr() for b in pair] for pair in reading._buffers] == before
     assert reading.lengths.max() == reading._longest
 
@@ -85,7 +95,9 @@ def test_a_token_more_is_written_where_room_was_left(pipe, features):
 def test_answers_stop_early(pipe, features):
     first = read(pipe, features, QUESTIONS).next_logits.argmax(-1)
     reading = read(pipe, features[:1], QUESTIONS[:1])
-    assert list(greedy_tokens(reading, stop=int(first[0]), max_new_tokens=8)) == [[int(first[0])]]
+    (answer,) = say(pipe, reading, stop=int(first[0]))
+    assert answer.tokens == [] and answer.text == "" and len(reading.lengths) == 1
+    assert reading.lengths[0] == reading._longest  # nothing was read on
 
 
 LABELS = [[7], [7, 8], [7, 8, 9, 4], [7, 8, 10, 4], [11, 4], [7, 8]]

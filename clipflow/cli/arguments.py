@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 if TYPE_CHECKING:
     import torch
 
-    from clipflow.pipelines import CLIPFlowPipeline
+    from clipflow.pipelines import CLIPFlowPipeline, UniLIPTokenizer
     from clipflow.sampling import StepCache
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -158,6 +158,23 @@ def load_pipeline(args: argparse.Namespace) -> CLIPFlowPipeline:
     return pipe
 
 
+def load_tokenizer(args: argparse.Namespace) -> UniLIPTokenizer | None:
+    """The tokenizer that the model options name; None where they name a whole model."""
+    import torch
+
+    from clipflow.pipelines import model_folders
+
+    device = chosen_device(args.device)
+    folder = model_folders.find_model(args.model, local_files_only=not args.download)
+    from clipflow.models.unilip.tokenizer_folder import is_tokenizer_folder  # slow
+
+    if not is_tokenizer_folder(folder):
+        return None
+    from clipflow.pipelines import UniLIPTokenizer
+
+    return UniLIPTokenizer.from_pretrained(folder, device=device, dtype=getattr(torch, args.dtype))
+
+
 def chosen_device(name: str) -> torch.device:
     """The device called `name`.
 
@@ -202,8 +219,23 @@ def at_least_one(value: str) -> int:
     return _whole(value, 1, 10**6)
 
 
+def at_least_none(value: str) -> int:
+    """A count that may be 0."""
+    return _whole(value, 0, 10**6)
+
+
+def probability(value: str) -> float:
+    """A probability above 0."""
+    return _number(value, "a number above 0 and at most 1", lambda number: 0 < number <= 1)
+
+
+def picture_side(value: str) -> int:
+    """Side of a picture in pixels, with room for the windows of SSIM."""
+    return _whole(value, 7, 10**6)
+
+
 def guidance(value: str) -> float:
-    """A guidance scale."""
+    """A guidance scale, or a temperature."""
     return _number(value, "a number of at least 0", lambda number: number >= 0)
 
 

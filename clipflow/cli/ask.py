@@ -1,42 +1,36 @@
-"""`clipflow ask`: a question about a picture."""
+"""`clipflow ask`: a question about pictures."""
 
 from __future__ import annotations
 
 import argparse
 
-from clipflow.cli.arguments import (
-    add_command,
-    add_model_options,
-    at_least_one,
-    load_pipeline,
-    text,
-)
+from clipflow.cli.answering import add_answer_options, answer_options, print_answer, user_message
+from clipflow.cli.arguments import add_command, add_model_options, load_pipeline, text
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
     parser = add_command(
         commands,
         "ask",
-        "answer a question about a picture",
+        "answer a question about a picture, or several",
         'clipflow ask in.png "what colour is the circle?"',
     )
-    parser.add_argument("image", metavar="IMAGE", help="a picture file")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
     parser.add_argument("question", metavar="QUESTION", type=text)
     parser.add_argument("--stream", action="store_true", help="print the answer as it is made")
-    parser.add_argument(
-        "--max-new-tokens", type=at_least_one, metavar="N", help="longest answer, in tokens"
-    )
+    add_answer_options(parser, tiles=1)
     add_model_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     from clipflow.pipelines.image_io import load_image
+    from clipflow.pipelines.prompts import check_text
 
-    image = load_image(args.image)
+    check_text("question", args.question)
+    images = [load_image(image) for image in args.images]
     pipe = load_pipeline(args)
-    answer = pipe.ask(image, args.question, max_new_tokens=args.max_new_tokens, stream=args.stream)
-    for piece in answer if args.stream else [answer]:
-        print(piece, end="", flush=True)
-    print()
+    messages = [user_message(images, args.question)]
+    answer = pipe.chat(messages, stream=args.stream, **answer_options(args))
+    print_answer(answer)
     return 0

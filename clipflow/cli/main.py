@@ -10,7 +10,9 @@ from clipflow import __version__
 from clipflow.cli import (
     ask,
     bench,
+    chat,
     classify,
+    convert,
     demo,
     doctor,
     edit,
@@ -24,7 +26,8 @@ from clipflow.cli.arguments import HelpFormatter, OneLineParser, UsageError
 
 # In the order of --help.
 COMMANDS = (
-    demo, generate, edit, ask, classify, reconstruct, evaluate, train, bench, doctor, info,
+    demo, generate, edit, ask, chat, classify, reconstruct, evaluate, train, convert, bench,
+    doctor, info,
 )  # fmt: skip
 
 DESCRIPTION = """\
@@ -39,6 +42,7 @@ start here:
   clipflow generate "a red circle left of a blue square" -o out.png
   clipflow edit out.png "make the circle green" -o green.png
   clipflow ask out.png "what colour is the circle?"
+  clipflow chat out.png                                         converse about it
   clipflow classify out.png --labels "a red circle,a blue star"
   clipflow reconstruct out.png -o again.png
 

@@ -8,9 +8,10 @@ import importlib
 _EXPORTS = {
     "CLIPFlowPipeline": "clipflow.pipelines.clipflow_pipeline",
     "CLIPFlowPipelineOutput": "clipflow.pipelines.output",
+    "UniLIPTokenizer": "clipflow.pipelines.image_tokenizer",
 }
 
-__all__ = ["CLIPFlowPipeline", "CLIPFlowPipelineOutput"]
+__all__ = ["CLIPFlowPipeline", "CLIPFlowPipelineOutput", "UniLIPTokenizer"]
 
 
 def __getattr__(name: str) -> object:

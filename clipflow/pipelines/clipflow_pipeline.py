@@ -14,7 +14,7 @@ from clipflow.pipelines.arguments import broadcast, listed, paired, positive
 from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.image_processor import postprocess
 from clipflow.pipelines.language import LanguageCalls
-from clipflow.pipelines.offload import DECODER
+from clipflow.pipelines.offload import DECODER, LANGUAGE
 from clipflow.pipelines.options import (
     Generators,
     SamplingOptions,
@@ -25,6 +25,7 @@ from clipflow.pipelines.options import (
 )
 from clipflow.pipelines.output import CLIPFlowPipelineOutput, Pictures, in_order
 from clipflow.pipelines.prompts import check_text
+from clipflow.pipelines.reconstruction import Canvas
 from clipflow.sampling import StepCache
 from clipflow.sampling.plan import StepCallback
 
@@ -189,6 +190,7 @@ class CLIPFlowPipeline(LanguageCalls):
         self,
         image: ImageInput | Sequence[ImageInput],
         *,
+        resolution: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> CLIPFlowPipelineOutput | tuple[Pictures]:
@@ -196,17 +198,32 @@ class CLIPFlowPipeline(LanguageCalls):
 
         Args:
             image: a picture or a list: paths, PIL images, arrays or tensors.
-            output_type: "pil", "np", "pt" or "latent" (times `unilip_factor`, as sampled ones).
+            resolution: side in pixels of the square that a picture is resized to; the model's own
+                when not given. Multiples of the features' distance (UniLIP: 28 pixels) are seen as
+                they are, others padded by reflection, and the margins are cut off what is drawn.
+            output_type: "pil", "np", "pt" or "latent" (times `unilip_factor`, as sampled ones, and
+                with the margins).
             return_dict: False returns the tuple (images,).
 
         Raises:
-            InputError: a picture that cannot be read, an unknown output type.
+            InputError: a picture that cannot be read, an unknown output type, or a resolution that
+                is too small to be padded.
+            NotEnoughMemory: the pictures do not fit into memory at that resolution.
         """
         check_output_type(output_type)
-        features = self._features(listed(image)).float()
+        images, config = listed(image), self.model.config
+        canvas = Canvas.of(resolution, config)
+        if resolution is not None:
+            canvas.require_memory(len(images), config, self.dtype, self.device)
+        pixels = canvas.pixel_values(images, self.image_processor).to(self.device, self.dtype)
+        with self.offload.running(LANGUAGE):
+            features = self.model.encode_image(pixels).float()
         with self.offload.running(DECODER):
-            scaled = self.model.clip_down(features) * self.model.config.unilip_factor
-            return self._output(self._pictures(scaled, output_type), return_dict)
+            scaled = self.model.clip_down(features) * config.unilip_factor
+            if output_type == "latent":
+                return self._output(scaled, return_dict)
+            decoded = self.model.decode(scaled / config.unilip_factor)
+            return self._output(canvas.pictures(decoded, output_type), return_dict)
 
     def _options(
         self,

@@ -15,6 +15,7 @@ from clipflow.pipelines.options import check_guidance, check_solver, check_steps
 FILE_NAME = "generation_config.json"
 DEFAULT_STEPS = 20
 DEFAULT_SOLVER = "dpmpp_2m"
+MAX_NEW_TOKENS, POSITIONS_PER_NEW_TOKEN = 512, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class GenerationDefaults:
     num_inference_steps: int
     solver: str
     max_new_tokens: int
+    eos_token_ids: tuple[int, ...] = ()  # that end an answer, besides the model's end of turn
 
     @classmethod
     def from_folder(cls, folder: Path | None, config: UniLIPConfig) -> GenerationDefaults:
@@ -38,7 +40,8 @@ class GenerationDefaults:
             guidance_scale=values.get("default_guidance_scale", config.default_guidance_scale),
             num_inference_steps=values.get("default_num_inference_steps", DEFAULT_STEPS),
             solver=values.get("default_solver", DEFAULT_SOLVER),
-            max_new_tokens=values.get("max_new_tokens", 64),
+            max_new_tokens=values.get("max_new_tokens", _new_tokens(config)),
+            eos_token_ids=_token_ids(values.get("eos_token_id"), config),
         )
         positive("max_new_tokens", defaults.max_new_tokens)
         check_steps(defaults.num_inference_steps)
@@ -53,7 +56,26 @@ class GenerationDefaults:
             "default_solver": self.solver,
             "max_new_tokens": self.max_new_tokens,
         }
+        if self.eos_token_ids:
+            values["eos_token_id"] = list(self.eos_token_ids)
         return json.dumps(values, indent=2) + "\n"
+
+
+def _new_tokens(config: UniLIPConfig) -> int:
+    """The longest answer of a model that does not say: a small part of what it can read."""
+    positions = config.text.max_position_embeddings
+    return min(MAX_NEW_TOKENS, max(1, positions // POSITIONS_PER_NEW_TOKEN))
+
+
+def _token_ids(value: object, config: UniLIPConfig) -> tuple[int, ...]:
+    """The ids in an "eos_token_id": a number, a list of them, or null."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    size = config.text.vocab_size
+    if not all(type(token) is int and 0 <= token < size for token in ids):
+        raise InputError(
+            f"{FILE_NAME}: eos_token_id must be whole numbers below {size}, got {value!r}"
+        )
+    return tuple(ids)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,34 +1,91 @@
-"""What a pipeline does with words: it answers questions about pictures and ranks labels."""
+"""What a pipeline does with words: it converses, answers questions about pictures, ranks labels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
 from clipflow.errors import InputError
 from clipflow.models.unilip.reading import Reading
+from clipflow.pipelines.answers import Answer, AnswerEnd, make_answers, stop_texts, text_pieces
 from clipflow.pipelines.arguments import is_list, listed, paired, positive
+from clipflow.pipelines.conversation import Conversation, Messages, conversations_of
 from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.offload import LANGUAGE
+from clipflow.pipelines.options import Generators
 from clipflow.pipelines.parts import UniLIPParts
 from clipflow.pipelines.prompts import LABEL_QUESTION, check_text
-from clipflow.pipelines.understanding import (
-    answer_text,
-    greedy_tokens,
-    label_log_likelihoods,
-    label_trees,
-    text_pieces,
-)
+from clipflow.pipelines.tiling import TileSet
+from clipflow.pipelines.token_sampling import TokenSampling, row_dice
+from clipflow.pipelines.understanding import label_log_likelihoods, label_trees
 
-Answer = str | list[str] | Iterator[str]
+Text = str | list[str] | Iterator[str]
 Ranking = list[tuple[str, float]]
 
 PICTURES_AT_ONCE = 16
 
 
+class Choice(NamedTuple):
+    """How answers are made: one call's options, checked."""
+
+    sampling: TokenSampling
+    end: AnswerEnd
+    generator: Generators
+
+
 class LanguageCalls(UniLIPParts):
     """The calls of a pipeline that end in the language model."""
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        *,
+        max_new_tokens: int | None = None,
+        max_tiles: int = 12,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: str | Sequence[str] | None = None,
+        generator: Generators = None,
+        stream: bool = False,
+    ) -> Text:
+        """Answer the last message of a conversation.
+
+        Args:
+            messages: [{"role": "system" | "user" | "assistant", "content": ...}], the last one the
+                user's; the content is a text or a list of {"type": "text", "text": ...} and, in a
+                user's message, {"type": "image", "image": a path, PIL image, array or tensor}. Or
+                a list of such conversations. The model's own system message begins one that has
+                none; an empty one leaves it out.
+            max_new_tokens: longest answer; the model's default when not given.
+            max_tiles: a picture is seen as up to so many tiles of the model's size, by its shape,
+                and once as a whole; 1 squashes it into a single one.
+            temperature: 0 takes the likeliest token always; higher is more random.
+            top_p: draw from the likeliest tokens that together have this probability.
+            top_k: draw from so many of the likeliest tokens; 0 is all.
+            stop: texts before which an answer ends.
+            generator: one for all conversations, or a list with one for each: then an answer does
+                not depend on the conversations beside it.
+            stream: yield pieces of text that join to the answer; a single conversation only.
+
+        Returns:
+            The answer; a list of answers to a list of conversations; an iterator if streamed.
+
+        Raises:
+            InputError: malformed messages, a picture that cannot be read, an option that cannot
+                be, or a conversation too long for the model with its answer.
+            SamplingError: the model made a logit that is not finite.
+        """
+        conversations, several = conversations_of(messages)
+        choice = self._choice(max_new_tokens, temperature, top_p, top_k, stop, generator)
+        if stream and several:
+            raise InputError(
+                f"stream=True must have one conversation, got a list of {len(messages)}"
+            )
+        answers = self._answers(conversations, max_tiles, choice, stream=stream)
+        return answers[0] if isinstance(answers, list) and not several else answers
 
     def ask(
         self,
@@ -36,37 +93,42 @@ class LanguageCalls(UniLIPParts):
         question: str | Sequence[str],
         *,
         max_new_tokens: int | None = None,
+        max_tiles: int = 1,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: str | Sequence[str] | None = None,
+        generator: Generators = None,
         stream: bool = False,
-    ) -> Answer:
-        """Answer questions about pictures, by greedy decoding.
+    ) -> Text:
+        """Answer questions about pictures: `chat` with one picture and one question each.
 
         Args:
             image: a picture or a list: paths, PIL images, arrays or tensors.
             question: one for all pictures or one for each (a single picture may have several).
-            max_new_tokens: longest answer; the model's default when not given.
+            max_tiles: 1, the default, is fast: the whole picture at the model's own size.
             stream: yield pieces of text that join to the answer; a single question only.
+
+        The other arguments are those of `chat`.
 
         Returns:
             The answer; a list of answers if either argument is a list; an iterator if streamed.
 
         Raises:
-            InputError: a picture that cannot be read, an empty question, lists that do not match.
+            InputError: a picture that cannot be read, an empty question, lists that do not match,
+                or as `chat`.
         """
         images, questions = paired(listed(image), listed(question))
-        texts = [self.prompts.question(check_text("question", q)) for q in questions]
-        limit = self.defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
-        positive("max_new_tokens", limit)
-        stop = self.model.config.tokens.im_end
-        if stream and len(texts) != 1:
-            raise InputError(f"stream=True must have one question, got {len(texts)}")
-        with self.offload.running(LANGUAGE):
-            tokens = greedy_tokens(self._read(images, texts, room=limit), stop, limit)
-            if stream:
-                tokens = self.offload.while_running(LANGUAGE, tokens)
-                return text_pieces(self.tokenizer, tokens, stop)
-            rows = zip(*tokens, strict=True)
-        answers = [answer_text(self.tokenizer, [t for t in row if t != stop]) for row in rows]
-        return answers if is_list(image) or is_list(question) else answers[0]
+        conversations = [
+            Conversation.of_question(one, check_text("question", text))
+            for one, text in zip(images, questions, strict=True)
+        ]
+        choice = self._choice(max_new_tokens, temperature, top_p, top_k, stop, generator)
+        if stream and len(questions) != 1:
+            raise InputError(f"stream=True must have one question, got {len(questions)}")
+        answers = self._answers(conversations, max_tiles, choice, stream=stream)
+        several = is_list(image) or is_list(question)
+        return answers[0] if isinstance(answers, list) and not several else answers
 
     def classify(
         self,
@@ -95,26 +157,66 @@ class LanguageCalls(UniLIPParts):
             raise InputError(f"labels must be a list of at least one text, got {labels!r}")
         stop = self.model.config.tokens.im_end
         ids = [[*self.prompts.ids(check_text("label", text)), stop] for text in labels]
-        text = self.prompts.question(check_text("question", question))
+        check_text("question", question)
         trees = label_trees(ids)
         room = max(len(tree.tokens) for tree in trees)
         images = listed(image)
         rankings = []
         for first in range(0, len(images), PICTURES_AT_ONCE):
             some = images[first : first + PICTURES_AT_ONCE]
+            asked = [Conversation.of_question(image_, question) for image_ in some]
             with self.offload.running(LANGUAGE):
-                reading = self._read(some, [text] * len(some), room=room)
+                reading = self._read(asked, max_tiles=1, room=room)
                 scores = label_log_likelihoods(reading, trees)
             for chances in scores.softmax(-1).tolist():
                 pairs = zip(labels, chances, strict=True)
                 rankings.append(sorted(pairs, key=lambda pair: -pair[1]))
         return rankings if is_list(image) else rankings[0]
 
+    def _choice(
+        self,
+        max_new_tokens: int | None,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        stop: str | Sequence[str] | None,
+        generator: Generators,
+    ) -> Choice:
+        """The checked options of one call."""
+        limit = self.defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
+        end = AnswerEnd(
+            tokens=frozenset({self.model.config.tokens.im_end, *self.defaults.eos_token_ids}),
+            texts=stop_texts(stop),
+            max_new_tokens=positive("max_new_tokens", limit),
+        )
+        sampling = TokenSampling(temperature=temperature, top_p=top_p, top_k=top_k)
+        return Choice(sampling, end, generator)
+
+    def _answers(
+        self, conversations: Sequence[Conversation], max_tiles: int, choice: Choice, *, stream: bool
+    ) -> list[str] | Iterator[str]:
+        """The answer of each conversation, or the pieces of the single one's."""
+        positive("max_tiles", max_tiles)
+        sampling, end, generator = choice
+        dice = row_dice(None if sampling.greedy else generator, len(conversations))
+        answers = [Answer(self.tokenizer, end) for _ in conversations]
+        with self.offload.running(LANGUAGE):
+            reading = self._read(conversations, max_tiles=max_tiles, room=end.max_new_tokens)
+            steps = make_answers(reading, answers, sampling, dice)
+            if stream:
+                return text_pieces(answers[0], self.offload.while_running(LANGUAGE, steps))
+            for _ in steps:
+                pass
+        return [answer.text for answer in answers]
+
     @torch.no_grad()
-    def _read(self, images: Sequence[ImageInput], texts: Sequence[str], *, room: int) -> Reading:
-        ids, mask = self.prompts.rows(texts, self.device)
-        different = list({id(image): image for image in images}.values())
-        places = {id(image): place for place, image in enumerate(different)}
-        pictures = torch.tensor([places[id(image)] for image in images], device=self.device)
-        features = self._features(different)
+    def _read(self, conversations: Sequence[Conversation], *, max_tiles: int, room: int) -> Reading:
+        tiles = TileSet(self.image_processor, max_tiles)
+        counts = [tiles.add(conversation.images) for conversation in conversations]
+        pairs = zip(conversations, counts, strict=True)
+        texts = [conversation.write(self.prompts, count) for conversation, count in pairs]
+        ids, mask = self.prompts.rows(texts, self.device, following=room)
+        places = [place for of_picture in tiles.places for place in of_picture]
+        features = self.tile_encoder.encode(tiles) if tiles.tiles else None
+        pictures = torch.tensor(places, dtype=torch.int64)
         return Reading(self.model, ids, mask, features, room=room, pictures=pictures)

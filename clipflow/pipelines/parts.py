@@ -33,6 +33,7 @@ from clipflow.pipelines.options import check_tier
 from clipflow.pipelines.placement import execution_device, should_offload
 from clipflow.pipelines.prompts import Prompts
 from clipflow.pipelines.sampler import Sampler
+from clipflow.pipelines.tile_features import TileEncoder
 from clipflow.sampling import PlanCache
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class UniLIPParts:
         self.prompts = Prompts(tokenizer, model.config)
         self.offload = Offload(self.model)
         self.conditions = ConditionEncoder(self.model, self.prompts, offload=self.offload)
+        self.tile_encoder = TileEncoder(self.model, self.offload)
         self.sampler = Sampler(self.model)
         self._progress_bar_config: dict[str, object] = {}
 
@@ -127,6 +129,11 @@ class UniLIPParts:
     def condition_cache(self) -> ConditionCache:
         """Conditions of the prompts used last: `max_bytes`, `clear()` and `statistics()`."""
         return self.conditions.cache
+
+    @property
+    def feature_cache(self) -> ConditionCache:
+        """CLIP features of the pictures asked about last, by tile: as `condition_cache`."""
+        return self.tile_encoder.cache
 
     @property
     def plans(self) -> PlanCache:

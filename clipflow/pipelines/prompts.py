@@ -1,6 +1,7 @@
 """Prompt templates and token rows of a UniLIP model.
 
-Source: the templates UniLIP was trained with (ChatML turns, no system message for pictures).
+Source: the templates UniLIP was trained with (ChatML turns, no system message for pictures), and
+InternVL's conversations.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ class Prompts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: UniLIPConfig) -> None:
         self.tokenizer = tokenizer
         self.config = config
-        self._image = f"<img>{IMAGE_TOKEN * config.latent_side**2}</img>"
 
     def text_to_image(self, prompt: str | None) -> str:
         """The turn that asks for a picture; None or blank text is the null prompt."""
@@ -53,25 +53,50 @@ class Prompts:
     def edit(self, instruction: str | None) -> str:
         """The turn that asks for an edit of the picture in it; None or blank is the null prompt."""
         text = f"Edit the image: {instruction}" if _given(instruction) else "Edit the image."
-        return _turn(f"{text}\n{self._image}") + "<img>"
+        return _turn(f"{text}\n{self.image()}") + "<img>"
 
     def question(self, text: str) -> str:
-        """The turn that asks about a picture."""
-        system = self.config.system_message
-        head = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
-        return head + _turn(f"{self._image}\n{text}")
+        """The conversation that asks about a picture of one tile."""
+        return self.chat([("user", f"{self.image()}\n{text}")])
 
-    def rows(self, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    def image(self, tiles: int = 1) -> str:
+        """The place of a picture of so many tiles."""
+        return f"<img>{IMAGE_TOKEN * (tiles * self.config.latent_side**2)}</img>"
+
+    def chat(self, turns: Sequence[tuple[str, str]]) -> str:
+        """The conversation of `turns` (role, text), up to where the assistant answers.
+
+        The model's own system message, if it has one, begins a conversation that has none; an
+        empty one is left out.
+        """
+        if turns[0][0] != "system":
+            turns = [("system", self.config.system_message), *turns]
+        said = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns if text]
+        return "".join(said) + "<|im_start|>assistant\n"
+
+    def rows(
+        self, texts: Sequence[str], device: torch.device, *, following: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask of `texts`, both [B, T] int64, padded on the left.
+
+        Args:
+            texts: prompts.
+            device: of the result.
+            following: tokens that the model must be able to read after them; the learned queries
+                when not given.
 
         Raises:
             InputError: a text is longer than the model can read.
         """
         rows = [self.ids(text) for text in texts]
         width = max(len(row) for row in rows)
-        room = self.config.text.max_position_embeddings - self.config.n_query
-        if width > room:
-            raise InputError(f"prompt must have at most {room} tokens in all, got {width}")
+        following = self.config.n_query if following is None else following
+        positions = self.config.text.max_position_embeddings
+        if width + following > positions:
+            raise InputError(
+                f"prompt must have at most {positions - following} tokens in all (the model reads "
+                f"{positions}, and {following} follow), got {width}"
+            )
         pad = self.config.tokens.pad
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])

@@ -1,63 +1,19 @@
-"""Answers and label likelihoods from what the language model has read."""
+"""Likelihoods of labels as answers to what the language model has read."""
 
 # Shape suffixes: B = pictures, H = LM width, M = tokens of a tree, E = edges of it, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from clipflow.models.unilip.reading import Reading
 
 TREE_TOKENS = 512  # read beside each other after a prompt
 LOGITS_AT_ONCE = 2**23  # numbers, in float64
-
-
-@torch.no_grad()
-def greedy_tokens(reading: Reading, stop: int, max_new_tokens: int) -> Iterator[list[int]]:
-    """Yield the likeliest next token of each row until all rows have said `stop`."""
-    done = torch.zeros_like(reading.lengths, dtype=torch.bool)
-    for count in range(max_new_tokens):
-        tokens = reading.next_logits.argmax(-1).masked_fill(done, stop)
-        done |= tokens == stop
-        yield tokens.tolist()
-        if done.all():
-            return
-        if count + 1 < max_new_tokens:
-            reading.extend(tokens)
-
-
-def text_pieces(
-    tokenizer: PreTrainedTokenizerBase, tokens: Iterator[list[int]], stop: int
-) -> Iterator[str]:
-    """Text of the single row in `tokens`, in pieces that join to the whole answer."""
-    ids: list[int] = []
-    said = ""
-    for (token,) in tokens:
-        if token == stop:
-            break
-        ids.append(token)
-        text = answer_text(tokenizer, ids, strip=False)
-        # An unfinished UTF-8 sequence and a trailing blank wait for what follows.
-        if text.startswith(said) and not text.endswith("\ufffd"):
-            ready = text.rstrip()
-            piece = ready[len(said) :] if said else ready.lstrip()
-            if piece:
-                yield piece
-                said = ready if said else text[: len(ready)]
-    rest = answer_text(tokenizer, ids, strip=False).rstrip()[len(said) :]
-    if rest.strip():
-        yield rest if said else rest.lstrip()
-
-
-def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], strip: bool = True) -> str:
-    """The text of answer tokens, without special tokens."""
-    text: str = tokenizer.decode(list(ids), skip_special_tokens=True)
-    return text.strip() if strip else text
 
 
 @dataclass

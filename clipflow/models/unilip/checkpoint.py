@@ -11,8 +11,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -48,16 +48,28 @@ def save_folder(
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"save: directory must be a folder, got the file {directory}")
-    is_new = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
-    try:
+    with staged_folder(directory) as staging:
         _write_weights(staging, state_dict, max_shard_size)
         text = json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n"
         (staging / CONFIG_FILE).write_text(text, encoding="utf-8")
         for path in staging.iterdir():
             shutil.copymode(staging / CONFIG_FILE, path)  # safetensors makes files private
             _sync(path)
+
+
+@contextmanager
+def staged_folder(directory: Path) -> Iterator[Path]:
+    """An empty folder, whose files are moved into `directory` after the `with` block.
+
+    An error leaves `directory` as it was, or does not make it. Weights that are there give way, and
+    files of the same names; others stay. config.json goes first and comes last, so that a crash
+    between two moves leaves a folder that does not load.
+    """
+    is_new = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    try:
+        yield staging
         _sync(staging)
         _publish(staging, directory)
     except BaseException:
@@ -185,7 +197,8 @@ def _write_weights(folder: Path, state_dict: Mapping[str, Tensor], max_shard_siz
 
 def _publish(staging: Path, directory: Path) -> None:
     """Move the files of `staging` into `directory`, config.json last."""
-    (directory / CONFIG_FILE).unlink(missing_ok=True)
+    if (staging / CONFIG_FILE).exists():
+        (directory / CONFIG_FILE).unlink(missing_ok=True)
     for old in directory.iterdir():
         if WEIGHTS_PATTERN.fullmatch(old.name):
             old.unlink()

@@ -19,11 +19,14 @@ from clipflow.models.unilip.checkpoint import (
     read_config,
 )
 from clipflow.models.unilip.config import UniLIPConfig
+from clipflow.models.unilip.image_codec import MODEL_TYPE as TOKENIZER_TYPE
+from clipflow.models.unilip.image_codec import TokenizerConfig
 from clipflow.models.unilip.keys import map_names
 from clipflow.models.unilip.published import MODEL_TYPE as PUBLISHED_TYPE
 from clipflow.models.unilip.published import config_from_published
 
 M = TypeVar("M", bound=nn.Module)
+Config = UniLIPConfig | TokenizerConfig
 DECODER = "vae_decoder."
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Sizes that no tensor has.
@@ -47,16 +50,39 @@ def load_model(
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"load: dtype must be a floating point type, got {dtype}")
     model, weights, names = open_model(cls, directory)
+    read_weights(model, weights, names, str(directory), dtype=dtype, device=device)
+    materialize_rotary(model, device)
+    return model.eval()
+
+
+def read_weights(
+    model: nn.Module,
+    weights: Weights,
+    names: Mapping[str, str],
+    where: str,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> None:
+    """Give a model on the meta device its weights; `load_model` says how.
+
+    Args:
+        model: of `empty_model`.
+        weights: of the folder `where`.
+        names: our name -> name in the files.
+        dtype, device: as of `load_model`.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
     weights.expect_reading()
     state, extremes = {}, {}
     for own in model.state_dict():
         tensor = weights.read(names[own], _dtype_of(own, dtype), device)
         extremes[own] = torch.stack(torch.aminmax(tensor)).float()
         state[own] = tensor
-    _check_finite(extremes, names, str(directory))
+    _check_finite(extremes, names, where)
     model.load_state_dict(state, assign=True)
-    materialize_rotary(model, device)
-    return model.eval()
 
 
 def open_model(cls: type[M], directory: str | Path) -> tuple[M, Weights, dict[str, str]]:
@@ -70,10 +96,27 @@ def open_model(cls: type[M], directory: str | Path) -> tuple[M, Weights, dict[st
     values, weights = read_config(directory), open_weights(directory)
     names, shapes = name_weights(weights)
     config = read_unilip_config(values, shapes)
-    model = _without_memory(cls, config, shapes)
+    return empty_model(cls, config, shapes, str(directory)), weights, names
+
+
+def empty_model(
+    cls: type[M], config: Config, shapes: Mapping[str, tuple[int, ...]], where: str
+) -> M:
+    """`cls` on the meta device, for weights of exactly these shapes, under our names.
+
+    Raises:
+        ValueError: senseless sizes, or other names or shapes than the model's.
+    """
+    check_sizes(config, shapes)
+    try:
+        with torch.device("meta"):
+            model = cls(config)
+    except (RuntimeError, TypeError, ZeroDivisionError, OverflowError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"load: the sizes must fit together: {first}") from error
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_shapes(wanted, shapes, str(directory))
-    return model, weights, names
+    check_shapes(wanted, shapes, where)
+    return model
 
 
 def load_config(directory: str | Path) -> UniLIPConfig:
@@ -104,10 +147,15 @@ def read_unilip_config(values: Mapping, shapes: Mapping[str, tuple[int, ...]]) -
     """The configuration in a config.json, ours or a published one's (which needs the shapes)."""
     if values.get("model_type") == PUBLISHED_TYPE:
         return config_from_published(values, shapes)
+    if values.get("model_type") == TOKENIZER_TYPE:
+        raise ValueError(
+            "load: must be a whole model, got a tokenizer of pictures alone, which "
+            "clipflow.UniLIPTokenizer.from_pretrained and `clipflow reconstruct` read"
+        )
     return UniLIPConfig.from_dict(values)
 
 
-def check_sizes(config: UniLIPConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_sizes(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse sizes that the weights cannot have, before a model of these sizes is built.
 
     Raises:
@@ -119,9 +167,10 @@ def check_sizes(config: UniLIPConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     parts = dataclasses.asdict(config)
     depths = parts["decoder"].pop("layers_per_block")
     numbers = {f"decoder.layers_per_block[{i}]": depth for i, depth in enumerate(depths)}
-    numbers |= {name: parts[name] for name in ("n_query", "connect_layer")}
+    scalars = ("n_query", "connect_layer", "text_width")
+    numbers |= {name: parts[name] for name in scalars if name in parts}
     for part in ("vision", "text", "dit"):
-        numbers |= {f"{part}.{name}": value for name, value in parts[part].items()}
+        numbers |= {f"{part}.{name}": value for name, value in parts.get(part, {}).items()}
     widths = parts["decoder"]["block_out_channels"]
     numbers |= {f"decoder.block_out_channels[{i}]": width for i, width in enumerate(widths)}
     for name, value in numbers.items():
@@ -157,17 +206,6 @@ def materialize_rotary(model: nn.Module, device: torch.device | str = "cpu") -> 
                 fresh = Qwen2RotaryEmbedding(module.config)
             for name, table in fresh.named_buffers():
                 module.register_buffer(name, table.to(device), persistent=False)
-
-
-def _without_memory(cls: type[M], config: UniLIPConfig, shapes: Mapping[str, tuple[int, ...]]) -> M:
-    """The model on the meta device, unless its sizes are senseless."""
-    check_sizes(config, shapes)
-    try:
-        with torch.device("meta"):
-            return cls(config)
-    except (RuntimeError, TypeError, ZeroDivisionError, OverflowError) as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"load: the sizes must fit together: {first}") from error
 
 
 def _dtype_of(own: str, dtype: torch.dtype | None) -> torch.dtype | None:

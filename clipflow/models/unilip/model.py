@@ -26,9 +26,10 @@ from clipflow.models.dits.sana import SanaTransformer
 from clipflow.models.unilip import checkpoint
 from clipflow.models.unilip.config import TextConfig, UniLIPConfig
 from clipflow.models.unilip.connector import Connector
+from clipflow.models.unilip.image_codec import ImageCodec
 from clipflow.models.unilip.loading import load_model
 from clipflow.models.unilip.pixel_decoder import PixelDecoder
-from clipflow.models.unilip.vision import VisionTower, make_projector, pixel_shuffle
+from clipflow.models.unilip.vision import VisionTower, make_projector
 
 
 class Condition(NamedTuple):
@@ -38,7 +39,7 @@ class Condition(NamedTuple):
     mask: Tensor
 
 
-class UniLIPModel(nn.Module):
+class UniLIPModel(ImageCodec):
     """All parts of a UniLIP checkpoint, under the reference's parameter names (less "model.")."""
 
     def __init__(self, config: UniLIPConfig) -> None:
@@ -91,19 +92,6 @@ class UniLIPModel(nn.Module):
                 NaN or infinite.
         """
         return load_model(cls, directory, dtype=dtype, device=device)
-
-    def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """CLIP features [B, N, H] of `pixel_values` [B, 3, S, S] (normalized by mean and std)."""
-        patches = self.vision_tower(pixel_values)[:, 1:]
-        return self.multi_modal_projector(pixel_shuffle(patches, self.config.vision.shuffle))
-
-    def clip_down(self, features: Tensor) -> Tensor:
-        """Latents [B, C, h, w] of `features` [B, N, H]; multiply by `unilip_factor` to train."""
-        return self.vae_decoder.clip_down(features)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures [B, 3, S', S'] in about [-1, 1]; divide sampled latents by `unilip_factor`."""
-        return self.vae_decoder.decode(latents)
 
     def embed_prompt(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
         """Token embeddings [B, T, H] with the image features written at the image positions.

@@ -9,13 +9,14 @@ them and nothing is copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from clipflow.errors import ShapeError
+from clipflow.models.unilip.beginnings import Beginnings, find_beginnings, pictures_of_rows
 from clipflow.models.unilip.model import UniLIPModel
 from clipflow.models.unilip.qwen2 import rms_norm, rope_table, run_layer
 from clipflow.ops import dit_attention
@@ -38,20 +39,25 @@ class Reading:
         model: UniLIPModel,
         ids: Tensor,
         mask: Tensor,
-        features: Tensor,
+        features: Tensor | None,
         *,
         room: int,
         pictures: Tensor | None = None,
     ) -> None:
-        """Read prompts; what those about one picture begin with alike is read once.
+        """Read prompts; a beginning that several have, pictures and all, is read once.
 
         Args:
             model: whose language model reads.
-            ids: [B, T], padded on either side.
+            ids: [B, T], padded on either side; a prompt may have any number of pictures (tiles of
+                one are pictures here), each of N image positions.
             mask: [B, T], 1 where a token is real.
-            features: [P, N, H] of the pictures.
+            features: [P, N, H] of the pictures; None where no prompt has one.
             room: tokens that may be read on: by each row, or of a tree.
-            pictures: [B] int64, which picture is in each prompt; None where P = B are in order.
+            pictures: [K] int64, which picture is at each of the K places for one, in the order of
+                the prompts and in them; None where P = K are in order.
+
+        Raises:
+            ShapeError: the prompts have more or fewer image positions than `pictures` fill.
         """
         self.model = model
         self.lengths = mask.sum(-1)
@@ -61,20 +67,18 @@ class Reading:
         self._longest = ids.shape[1]
         self._even = bool((self.lengths == self._longest).all())
         self._buffers: list[tuple[Tensor, Tensor]] = []
-        pictures = self._rows if pictures is None else pictures
-        shared = self._shared(ids) if len(features) < len(ids) else 0
-        if shared:
-            beginning = ids[:1, :shared].expand(len(features), -1)
-            self._begin(model.embed_prompt(beginning, features), room=0)
-            room += self._longest - shared
-            pairs = (tuple(t[pictures] for t in pair) for pair in self._buffers)
-            self._buffers = [(_with_room(k, room), _with_room(v, room)) for k, v in pairs]
-            rest = torch.arange(self._longest - shared, device=ids.device)
-            causal = rest[:, None] >= rest
-            embeddings = model.embed_prompt(ids[:, shared:])
-            hidden = self._branch(embeddings, shared, rest, causal)
+        places = ids == model.config.tokens.img_context
+        if features is None:
+            features = model.latent_queries.new_zeros(0, 1, model.config.text.hidden_size)
+        seen = pictures_of_rows(places, features, pictures)
+        begun = find_beginnings(ids, places, self.lengths, seen, features.shape[1])
+        if begun is None:
+            every = _chosen(features, [picture for row in seen for picture in row])
+            shared = 0
+            hidden = self._begin(model.embed_prompt(ids, every), room=room)
         else:
-            hidden = self._begin(model.embed_prompt(ids, features[pictures]), room=room)
+            shared = begun.tokens
+            hidden = self._begin_shared(ids, features, seen, begun, room=room)
         self.hidden = hidden[self._rows, self.lengths - 1 - shared]
 
     @property
@@ -127,12 +131,28 @@ class Reading:
         embeddings = self.model.embed_prompt(tokens[None]).expand(len(self.hidden), -1, -1)
         return self._branch(embeddings, self._longest, depths, ancestors)
 
-    def _shared(self, ids: Tensor) -> int:
-        """With how many equal tokens, image and all, the rows of `ids` begin; 0 if not so."""
-        equal = (ids == ids[:1]).all(0).long().cumprod(0).sum()
-        count = int(torch.minimum(equal, self.lengths.min() - 1))
-        image = ids[:, count:] == self.model.config.tokens.img_context
-        return 0 if bool(image.any()) else count
+    def _begin_shared(
+        self,
+        ids: Tensor,
+        features: Tensor,
+        seen: Sequence[Sequence[int]],
+        begun: Beginnings,
+        *,
+        room: int,
+    ) -> Tensor:
+        """Read each beginning once, then what follows it in each row, whose states it returns."""
+        model, shared = self.model, begun.tokens
+        first = [picture for row in begun.firsts for picture in seen[row][: begun.pictures]]
+        beginning = ids[:1, :shared].expand(len(begun.firsts), -1)
+        self._begin(model.embed_prompt(beginning, _chosen(features, first)), room=0)
+        room += self._longest - shared
+        which = torch.tensor(begun.of_row, device=ids.device)
+        pairs = (tuple(t[which] for t in pair) for pair in self._buffers)
+        self._buffers = [(_with_room(k, room), _with_room(v, room)) for k, v in pairs]
+        rest = torch.arange(self._longest - shared, device=ids.device)
+        later = [picture for row in seen for picture in row[begun.pictures :]]
+        embeddings = model.embed_prompt(ids[:, shared:], _chosen(features, later))
+        return self._branch(embeddings, shared, rest, rest[:, None] >= rest)
 
     def _begin(self, embeddings: Tensor, *, room: int) -> Tensor:
         """Read `embeddings` [B, L, H] into new buffers; their final states."""
@@ -169,6 +189,11 @@ class Reading:
 
             hidden = run_layer(layer, hidden, rope, mix, per_row=per_row)
         return rms_norm(hidden, lm.norm)
+
+
+def _chosen(features: Tensor, pictures: Sequence[int]) -> Tensor:
+    """[K, N, H] of `features` [P, N, H]."""
+    return features[torch.tensor(pictures, dtype=torch.int64, device=features.device)]
 
 
 def _with_room(tensor: Tensor, room: int) -> Tensor:
