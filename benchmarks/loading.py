@@ -1,6 +1,6 @@
 """Time and peak memory of loading a published folder, beside a plain safetensors read of its bytes.
 
-Run: python benchmarks/loading.py [--quick] [--folder DIR] [--json FILE]
+Run: python benchmarks/loading.py [--rounds N] [--folder DIR] [--json FILE]
 
 The plain read is `safetensors.torch.load_file` and a clone of each tensor, which touches every
 byte. Without --folder a random one of 2 GB is written, with the sizes of UniLIP-1B at about half
@@ -24,7 +24,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.machine import facts, write_result
+from benchmarks.machine import write_result
 from clipflow.models.unilip.published import unilip_1b_config
 
 TIME_BAR, MEMORY_BAR = 1.3, 1.15
@@ -59,15 +59,15 @@ print("result", seconds, peak - before, now - before)
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="loading", description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="of the published form; default: a random one")
-    parser.add_argument("--quick", action="store_true", help="one round")
+    parser.add_argument("--rounds", type=int, default=4, help="of every load, there and back")
     parser.add_argument("--json", type=Path, help="result file; default: a dated one in results/")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or write_random(Path(scratch) / "model")
-        result = measure(folder, rounds=1 if args.quick else 4)
+        result = measure(folder, rounds=args.rounds)
     for row in result["rows"]:
         print(row_text(row))
-    print(write_result("loading", facts() | result, args.json))
+    print(write_result("loading", result, args.json))
     return 0 if all(row["met"] for row in result["rows"]) else 1
 
 

@@ -136,6 +136,14 @@ class TestKeys:
         assert set(map(tuple, facts["dtypes"].values())) == {("bfloat16",)}
         assert facts["total"] == sum(p.numel() for p in load_unilip(folder).parameters())
 
+    def test_skipped_may_be_of_any_dtype(self, folder, tmp_path):
+        state = load_file(folder / "model.safetensors")
+        state["model.vision_tower.embeddings.position_ids"] = torch.arange(1025)[None]
+        save_file(state, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+        load_unilip(tmp_path)
+        assert "vision_tower.embeddings.position_ids" in summarize_folder(tmp_path).skipped
+
     def test_info_refuses_what_does_not_load(self, folder, tmp_path, capsys):
         state = load_file(folder / "model.safetensors")
         state["model.more"] = state.pop("model.projector.bias")

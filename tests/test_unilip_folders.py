@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 
@@ -269,6 +270,22 @@ class TestBrokenFolders:
         save_file(state, folder / WEIGHTS_FILE)
         assert "must be there once" in error_of(folder)
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda v: v["dit"].update(num_layers=10**6),
+            lambda v: v["text"].update(hidden_size=10**9),
+            lambda v: v["decoder"].update(block_out_channels=[10**9] * 4),
+            lambda v: v["decoder"].update(layers_per_block=[10**6] * 4),
+            lambda v: v["dit"].update(mlp_ratio=1e11),
+            lambda v: v.update(n_query=10**11),
+        ],
+    )
+    def test_senseless_sizes(self, folder, change):
+        """Refused before anything of that size is built."""
+        edit_config(folder, change)
+        error_of(folder)
+
     def test_integer_dtype(self, folder):
         with pytest.raises(TypeError, match="dtype must be a floating point type"):
             UniLIPModel.from_pretrained(folder, dtype=torch.int8)
@@ -298,6 +315,10 @@ class TestConfig:
             (lambda v: v["decoder"].update(block_types="x"), "block_types must be a list"),
             (lambda v: v["decoder"].update(qkv_multiscales=[1]), "[0] must be a list"),
             (lambda v: v.update(n_query=0), "n_query must be above 0"),
+            (lambda v: v.update(unilip_factor=math.inf), "unilip_factor must be above 0 and below"),
+            (lambda v: v["dit"].update(norm_eps=math.nan), "dit.norm_eps must be above 0"),
+            (lambda v: v.update(output_size=10**12), "output_size must be above 0 and below 1e+12"),
+            (lambda v: v.update(image_mean=[0.5, math.nan, 0.5]), "image_mean must be finite"),
             (lambda v: v.update(image_std=[0.5, 0.0, 0.5]), "image_std[1] must be above 0"),
             (lambda v: v["vision"].update(image_size=63), "vision.image_size must be a multiple"),
             (lambda v: v["vision"].update(patch_size=0), "vision.patch_size must be above 0"),

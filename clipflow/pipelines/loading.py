@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from clipflow.errors import InputError
 from clipflow.models.unilip import UniLIPConfig, UniLIPModel
 from clipflow.models.unilip.checkpoint import open_weights, read_config
-from clipflow.models.unilip.keys import map_names, skipped_names
-from clipflow.models.unilip.loading import open_model, read_unilip_config
+from clipflow.models.unilip.keys import skipped_names
+from clipflow.models.unilip.loading import name_weights, open_model, read_unilip_config
 from clipflow.models.unilip.sizes import count_shapes, part_of
 from clipflow.pipelines.tokenizer_files import check_tokenizer, read_tokenizer
 
@@ -107,8 +107,7 @@ def summarize_folder(folder: Path) -> FolderSummary:
     """
     with _one_line(folder):
         values, weights = read_config(folder), open_weights(folder)
-        names = map_names(weights.shapes)
-        shapes = {own: weights.shapes[found] for own, found in names.items()}
+        names, shapes = name_weights(weights)
         dtypes: dict[str, dict[torch.dtype, int]] = {}
         for own, found in names.items():
             part, dtype = part_of(own), weights.dtypes[found]

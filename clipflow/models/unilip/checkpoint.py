@@ -134,8 +134,8 @@ def open_weights(directory: str | Path) -> Weights:
 
     Raises:
         FileNotFoundError: no weights, or a shard that the index names is missing.
-        ValueError: a file is truncated or no safetensors file, holds other dtypes than float32,
-            bfloat16 and float16, or another set of tensors than the index says.
+        ValueError: a file is truncated or no safetensors file, or holds another set of tensors than
+            the index says.
     """
     directory = Path(directory)
     owners = _owners(directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from clipflow.models.dits.sana import SanaConfig
 from clipflow.models.unilip.parsing import build
 
 MODEL_TYPE = "clipflow_unilip"
+LARGEST = 1e12
 DECODER_BLOCKS = ("ResBlock", "EfficientViTBlock")
 NOISE_DTYPES = ("float32", "bfloat16")
 
@@ -171,7 +173,7 @@ def _rules(config: UniLIPConfig) -> list[tuple[str, bool]]:
 
 
 def _positive(config: UniLIPConfig) -> list[tuple[str, bool]]:
-    """Every number of the parts, and the scalars of the model, must be above zero."""
+    """Every number of the parts, and the scalars of the model, must be above zero and finite."""
     numbers = {
         f"{part}.{name}": value
         for part in ("vision", "text", "dit", "decoder")
@@ -180,11 +182,13 @@ def _positive(config: UniLIPConfig) -> list[tuple[str, bool]]:
     for name in ("n_query", "connect_layer", "unilip_factor", "flow_shift", "output_size"):
         numbers[name] = getattr(config, name)
     numbers |= {f"image_std[{i}]": value for i, value in enumerate(config.image_std)}
-    return [
-        (f"{name} must be above 0, got {value}", value <= 0)
+    wrong = [
+        (f"{name} must be above 0 and below {LARGEST:.0e}, got {value}", not 0 < value < LARGEST)
         for name, value in numbers.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     ]
+    finite = all(map(math.isfinite, config.image_mean))
+    return [*wrong, (f"image_mean must be finite, got {list(config.image_mean)}", not finite)]
 
 
 def _multiple(name: str, value: int, of: int) -> tuple[str, bool]:

@@ -28,6 +28,7 @@ from clipflow.models.unilip.published import config_from_published
 M = TypeVar("M", bound=nn.Module)
 Config = UniLIPConfig | TokenizerConfig
 DECODER = "vae_decoder."
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Sizes that no tensor has.
 NOT_IN_SHAPES = ("text.max_position_embeddings", "vision.image_size")
 
@@ -93,8 +94,7 @@ def open_model(cls: type[M], directory: str | Path) -> tuple[M, Weights, dict[st
         FileNotFoundError, ValueError: as `load_model`.
     """
     values, weights = read_config(directory), open_weights(directory)
-    names = map_names(weights.shapes)
-    shapes = {own: weights.shapes[found] for own, found in names.items()}
+    names, shapes = name_weights(weights)
     config = read_unilip_config(values, shapes)
     return empty_model(cls, config, shapes, str(directory)), weights, names
 
@@ -125,10 +125,22 @@ def load_config(directory: str | Path) -> UniLIPConfig:
     Raises:
         FileNotFoundError, ValueError: as `load_model`.
     """
-    values, weights = read_config(directory), open_weights(directory)
-    names = map_names(weights.shapes)
-    shapes = {own: weights.shapes[found] for own, found in names.items()}
+    values, (_, shapes) = read_config(directory), name_weights(open_weights(directory))
     return read_unilip_config(values, shapes)
+
+
+def name_weights(weights: Weights) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """(our names -> names in the files, our names -> shapes), without what is skipped.
+
+    Raises:
+        ValueError: a name is there twice, or a weight is not float32, bfloat16 or float16.
+    """
+    names = map_names(weights.shapes)
+    dtypes = {found: weights.dtypes[found] for found in names.values()}
+    wrong = [f"{name} ({dtype})" for name, dtype in dtypes.items() if dtype not in DTYPES]
+    if wrong:
+        raise ValueError("load: weights must be float32, bfloat16 or float16, got " + listed(wrong))
+    return names, {own: weights.shapes[found] for own, found in names.items()}
 
 
 def read_unilip_config(values: Mapping, shapes: Mapping[str, tuple[int, ...]]) -> UniLIPConfig:

@@ -25,7 +25,25 @@ LONGEST_HEADER = 100_000_000
 LONGEST_NAME = 300
 # Converted at once: few enough that the source and the result stay in the caches.
 CHUNK = 2**20
-STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Weights are of the first three; the others are known to skip what the model has no use for.
+STORED_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +64,7 @@ class WeightFile:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no whole safetensors file of floating point tensors.
+        ValueError: it is no whole safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -88,12 +106,14 @@ class WeightFile:
 
     def converted(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A copy in `dtype` on `device`; pages of the file do not stay in the process for it."""
-        stored = self.tensors[name]
-        source = self.mapped(name).flatten()
-        result = torch.empty(stored.shape, dtype=dtype, device=device)
-        flat, step = result.view(-1), CHUNK if device.type == "cpu" else max(1, source.numel())
-        for first in range(0, len(source), step):
-            flat[first : first + step] = source[first : first + step].to(device)
+        stored, source = self.tensors[name], self.mapped(name)
+        if device.type == "cpu":
+            result = torch.empty(stored.shape, dtype=dtype)
+            pieces = zip(result.view(-1).split(CHUNK), source.view(-1).split(CHUNK), strict=True)
+            for into, piece in pieces:
+                into.copy_(piece)
+        else:
+            result = source.to(device).to(dtype)
         self._advise("MADV_DONTNEED", stored.begin, stored.nbytes)
         return result
 
