@@ -163,9 +163,10 @@ def test_bits_do_not_depend_on_batch_or_threads(op, case, backend, device, two_t
     inputs = case.inputs(device, torch.float32)
     ys = outputs(op, run(op, case, inputs, backend))
     together = results(op, case, inputs, backend, d_y=ys)
-    torch.set_num_threads(1)
-    for name, value in results(op, case, inputs, backend, d_y=ys).items():
-        assert torch.equal(value, together[name]), name
+    if not TRITON_INTERPRETED:  # the interpreter has one thread
+        torch.set_num_threads(1)
+        for name, value in results(op, case, inputs, backend, d_y=ys).items():
+            assert torch.equal(value, together[name]), name
     if any(isinstance(v, torch.Tensor) and v.ndim for v in case.options(device).values()):
         return  # options of all samples do not go with one
     shared = {f"d_{i}" for i in case.shared}
