@@ -47,7 +47,7 @@ def load_model(
 
     The contract is that of `UniLIPModel.from_pretrained`. Weights that are wanted as they are
     stored are mapped; others are converted, straight to where they are wanted, and leave at most
-    0.25 GB of the file's pages in memory. Each is looked through once for values that are not
+    0.13 GB of the file's pages in memory. Each is looked through once for values that are not
     finite, by its least and its greatest.
     """
     if dtype is not None and not dtype.is_floating_point:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 # A mapped file is opened anew after so much of it was read, so that its pages leave the process.
-MAPPED_BYTES = 1 << 28
+MAPPED_BYTES = 1 << 27
 LONGEST_NAME = 300
 LONGEST_REASON = 300
 DTYPES = {
@@ -48,6 +48,7 @@ class PassingReader:
         return tensor
 
     def close(self) -> None:
+        """Let the file go; it is opened again when it must be."""
         self._read: Read | None = None
         self._bytes = 0
 

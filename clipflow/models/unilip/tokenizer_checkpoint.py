@@ -79,9 +79,7 @@ def open_tokenizer(source: Path, *, key: str | None = None) -> TokenizerTensors:
             lists the first 10.
     """
     checkpoint = open_checkpoint(source, key=key)
-    found = {
-        name: tuple(spec.shape) for name, spec in checkpoint.specs.items() if IGNORED not in name
-    }
+    found = {name: spec.shape for name, spec in checkpoint.specs.items() if IGNORED not in name}
     names = {_own(name): name for name in found}
     try:
         unknown = [name for own, name in names.items() if own == name]
