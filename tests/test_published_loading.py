@@ -140,6 +140,7 @@ class TestKeys:
     def test_skipped_may_be_of_any_dtype(self, folder, tmp_path):
         state = load_file(folder / "model.safetensors")
         state["model.vision_tower.embeddings.position_ids"] = torch.arange(1025)[None]
+        state["model.gen_vision_tower.b"] = torch.ones(2).to(torch.float8_e4m3fn)
         save_file(state, tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
         load_unilip(tmp_path)

@@ -171,13 +171,14 @@ def convert_checkpoint(
     check_output(out, force=force)
     checkpoint = open_checkpoint(source, key=key)
     specs = {
-        name: spec.to(dtype) if spec.is_floating_point() else spec
+        name: spec.to(dtype) if dtype and spec.is_floating_point() else spec
         for name, spec in checkpoint.specs.items()
     }
     if out.suffix == ".safetensors":
-        with _writing(out, specs, progress), _whole_file(out) as path:
+        with _writing(out, specs, progress) as told, _whole_file(out) as path:
             read = _casting(specs, checkpoint.read)
             write_file(path, {name: read(name) for name in specs})
+            told(sum(spec.nbytes for spec in specs.values()))
         checkpoint.release()
     else:
         write_model_folder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
@@ -14,6 +15,7 @@ from torch import Tensor
 MAPPED_BYTES = 1 << 27
 LONGEST_NAME = 300
 LONGEST_REASON = 300
+LARGEST = 2**60
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -65,7 +67,8 @@ class SafetensorsFile:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no whole safetensors file, or has a name that cannot be printed.
+        ValueError: it is no whole safetensors file, or has a name that cannot be printed or a
+            shape beyond any memory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,6 +85,12 @@ class SafetensorsFile:
                 )
         slices = {name: file.get_slice(name) for name in names}
         self.shapes = {name: tuple(found.get_shape()) for name, found in slices.items()}
+        for name, shape in self.shapes.items():
+            if math.prod(max(size, 1) for size in shape) > LARGEST:  # empty, but not to kernels
+                raise ValueError(
+                    f"load: {path}: {name[:40]} must have a shape that fits into memory, got "
+                    f"{shape!s:.80}"
+                )
         kinds = {name: found.get_dtype() for name, found in slices.items()}
         self.dtypes = {name: DTYPES.get(kind, kind) for name, kind in kinds.items()}
         self.mapped = _reader(file)
