@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -122,8 +121,9 @@ def run(what: str, folder: Path) -> dict[str, float]:
 
 def write_random(folder: Path) -> Path:
     """A random bfloat16 folder of about 2 GB with the widths of UniLIP-1B."""
+    from clipflow.models.unilip.checkpoint import write_shards
     from clipflow.testing.published_config import published_config
-    from clipflow.testing.random_weights import RandomWeights, write_safetensors
+    from clipflow.testing.random_weights import RandomWeights
     from clipflow.testing.unilip_folder import plan_tensors, published_name
 
     full = unilip_1b_config()
@@ -137,18 +137,14 @@ def write_random(folder: Path) -> Path:
     )
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(published_config(config)))
-    names: Mapping[str, tuple] = {
-        published_name(own): (own, *planned)
-        for own, planned in plan_tensors(config, torch.bfloat16).items()
+    tensors = plan_tensors(config, torch.bfloat16)
+    owns = {published_name(own): own for own in tensors}
+    meta = {
+        name: torch.empty(tensors[own][0], dtype=torch.bfloat16, device="meta")
+        for name, own in owns.items()
     }
     weights = RandomWeights(0)
-
-    def write(name: str, take) -> None:
-        own, shape, dtype = names[name]
-        weights.write(own, shape, dtype, take)
-
-    planned = {name: (shape, dtype) for name, (_, shape, dtype) in names.items()}
-    write_safetensors(folder / "model.safetensors", planned, write)
+    write_shards(folder, meta, lambda name: weights.tensor(owns[name], *tensors[owns[name]]), "5GB")
     return folder
 
 

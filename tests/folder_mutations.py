@@ -181,14 +181,7 @@ def entries() -> dict[str, Mutation]:
     found = {f"shape {n}": put(LM, "shape", v) for n, v in shapes.items()}
     found |= {f"other dtype {n}": _as_bytes(LM, n) for n in dtypes if n != "F32"}
     found |= {f"dtype {n}": put(LM, "dtype", n) for n in (*dtypes, "bf16", "OBJECT", "", 5, None)}
-    found |= {f"offsets {n}": put(LM, "data_offsets", v) for n, v in offsets.items()}
-
-    def more(folder: Folder) -> None:
-        header, tensors = folder.header()
-        header[LM]["code"] = "os.system"
-        folder.write_header(header, tensors)
-
-    return found | {"unknown entry": more}
+    return found | {f"offsets {n}": put(LM, "data_offsets", v) for n, v in offsets.items()}
 
 
 def _as_bytes(name: str, dtype: str) -> Mutation:
@@ -219,12 +212,6 @@ def names() -> dict[str, Mutation]:
     def one(old: str, new: str) -> Mutation:
         return rename(lambda name: new if name == old else name)
 
-    def twice(folder: Folder) -> None:
-        header, tensors = folder.header()
-        text = json.dumps(header)
-        entry = json.dumps(header[QUERIES])
-        folder.write_header(f'{text[:-1]}, "{QUERIES}": {entry}}}'.encode(), tensors)
-
     def without(begin: str) -> Mutation:
         def change(folder: Folder) -> None:
             header, tensors = folder.header()
@@ -248,7 +235,7 @@ def names() -> dict[str, Mutation]:
         "no name": one(bias, ""),
         "line break": one(bias, "model.projector\n.bias"),
         "long name": one(bias, "x" * 10_000),
-        "twice": twice,
+        "twice": lambda folder: _repeat(folder, LM),
         "twice after mapping": one(bias, QUERIES.removeprefix("model.")),
         "far layer": one(PARTS[2], PARTS[2].replace("layers.1.", "layers.999999.")),
         "first stage": rename(lambda name: name.replace("vae_decoder.decoder", "dcae.decoder")),
@@ -256,6 +243,24 @@ def names() -> dict[str, Mutation]:
     parts = ("model.dit.", "model.vae_decoder.", "model.vae_decoder.down_", LM, QUERIES, bias)
     parts += ("model.llm_connector.", "model.vision_tower.", "model.multi_modal_projector.")
     return found | {f"without {begin}": without(begin) for begin in parts}
+
+
+def _repeat(folder: Folder, other: str) -> None:
+    """The header has the queries twice, the second time with the line of `other`."""
+    header, tensors = folder.header()
+    text, entry = json.dumps(header), json.dumps(header[other])
+    folder.write_header(f'{text[:-1]}, "{QUERIES}": {entry}}}'.encode(), tensors)
+
+
+def harmless() -> dict[str, Mutation]:
+    """Odd headers that can be read in one way only."""
+
+    def more(folder: Folder) -> None:
+        header, tensors = folder.header()
+        header[LM]["code"] = "os.system"
+        folder.write_header(header, tensors)
+
+    return {"unknown entry": more, "the same line twice": lambda f: _repeat(f, QUERIES)}
 
 
 def values() -> dict[str, Mutation]:

@@ -88,6 +88,15 @@ def test_several_files(place, tmp_path, name):
     check_refused(break_by.Folder(tmp_path / "model", place / "shards"), mutation, torch.float32)
 
 
+@pytest.mark.parametrize("name", break_by.harmless())
+def test_what_changes_nothing(place, tmp_path, name):
+    folder = break_by.Folder(tmp_path / "model", place / "good")
+    break_by.harmless()[name](folder)
+    found = CLIPFlowPipeline.from_pretrained(folder.path, dtype="auto").model.state_dict()
+    good = CLIPFlowPipeline.from_pretrained(place / "good", dtype="auto").model.state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in good.items())
+
+
 def test_there_are_many(place, tmp_path):
     """And what they are made of loads."""
     assert len(ONE_FILE) + len(break_by.files(Path())) + len(break_by.indexes(Path())) > 350

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import struct
 import tarfile
 import zipfile
@@ -21,7 +22,7 @@ import clipflow
 from clipflow.cli.convert import size
 from clipflow.cli.main import main
 from clipflow.errors import InputError
-from clipflow.models.unilip import conversion, safetensors_writing
+from clipflow.models.unilip import conversion
 from clipflow.models.unilip.conversion import convert_checkpoint, open_checkpoint
 from clipflow.models.unilip.pickle_files import read_pickle
 from clipflow.sampling import memory
@@ -125,8 +126,7 @@ class TestWhatComesOut:
             assert file.metadata() == {"format": "pt"}
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_dtype(self, tmp_path, dtype, monkeypatch):
-        monkeypatch.setattr(safetensors_writing, "PIECE", 7)  # many pieces of each tensor
+    def test_dtype(self, tmp_path, dtype):
         state = some_tensors() | {"infinite": torch.tensor([1.0, float("inf"), float("nan")])}
         torch.save(state, tmp_path / "in.pth")
         convert_checkpoint(tmp_path / "in.pth", tmp_path / "out.safetensors", dtype=dtype)
@@ -470,6 +470,25 @@ class TestWriting:
         assert names(tmp_path) == before
         assert (tmp_path / "there" / "model.safetensors").read_text() == "old"
         assert names(tmp_path / "there") == ["model.safetensors"]
+
+    @pytest.mark.parametrize("out", ["out.safetensors", "out"])
+    def test_a_disk_that_is_full_for_the_library(self, source, tmp_path, out):
+        """Which says so in an error of its own."""
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (900, limits[1]))
+        try:
+            with pytest.raises(InputError, match=r"cannot be written: .*File too large"):
+                convert_checkpoint(source, tmp_path / out)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert names(tmp_path) == ["in.pth"]
+
+    @pytest.mark.parametrize("shape", [[0, 2**62, 2**62], [2**63, 0]])
+    def test_shapes_that_no_memory_has(self, tmp_path, shape):
+        header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}})
+        path = tmp_path / "in.safetensors"
+        path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
+        refused(path, "a must have a shape that fits into memory")
 
     def test_a_disk_that_is_too_small(self, source, tmp_path, monkeypatch):
         Usage = collections.namedtuple("Usage", "total used free")

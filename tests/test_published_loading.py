@@ -15,10 +15,11 @@ from clipflow import CLIPFlowPipeline
 from clipflow.cli.arguments import add_model_options, load_pipeline
 from clipflow.cli.main import main
 from clipflow.errors import InputError
-from clipflow.models.unilip import UniLIPModel
+from clipflow.models.unilip import UniLIPModel, safetensors_files
+from clipflow.models.unilip.checkpoint import open_weights
 from clipflow.models.unilip.keys import map_names, skipped_names
 from clipflow.models.unilip.published import config_from_published
-from clipflow.models.unilip.weight_files import WeightFile
+from clipflow.models.unilip.safetensors_files import SafetensorsFile
 from clipflow.pipelines.loading import load_tokenizer, load_unilip, summarize_folder
 from clipflow.testing import write_unilip_folder
 from clipflow.testing.published_config import published_config, size_config
@@ -139,6 +140,7 @@ class TestKeys:
     def test_skipped_may_be_of_any_dtype(self, folder, tmp_path):
         state = load_file(folder / "model.safetensors")
         state["model.vision_tower.embeddings.position_ids"] = torch.arange(1025)[None]
+        state["model.gen_vision_tower.b"] = torch.ones(2).to(torch.float8_e4m3fn)
         save_file(state, tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
         load_unilip(tmp_path)
@@ -229,25 +231,29 @@ class TestWeightFiles:
         text = json.dumps(header).encode()
         data = first.view(torch.uint8).numpy().tobytes() + second.numpy().tobytes()
         (tmp_path / "odd").write_bytes(struct.pack("<Q", len(text)) + text + data)
-        file = WeightFile(tmp_path / "odd")
-        assert torch.equal(file.mapped("a"), first) and torch.equal(file.mapped("b"), second)
-        assert file.mapped("b").data_ptr() % 4 == 0
-        wide = file.converted("a", torch.float32, torch.device("cpu"))
-        assert torch.equal(wide, first.float())
+        file = SafetensorsFile(tmp_path / "odd")
+        for read in (file.mapped, file.passing):
+            assert torch.equal(read("a"), first) and torch.equal(read("b"), second)
+            assert read("b").data_ptr() % 4 == 0
 
-    def test_conversion_in_pieces(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("clipflow.models.unilip.weight_files.CHUNK", 1000)
-        weights = torch.randn(70, 67)
-        save_file({"a": weights}, tmp_path / "a")
-        file = WeightFile(tmp_path / "a")
-        for _ in range(2):  # pages that were dropped come back
-            half = file.converted("a", torch.bfloat16, torch.device("cpu"))
-            assert torch.equal(half, weights.bfloat16())
+    def test_files_are_opened_anew_for_what_is_converted(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("clipflow.models.unilip.safetensors_files.MAPPED_BYTES", 1000)
+        state = {f"{i}": torch.randn(70, i) for i in range(1, 9)}
+        save_file(state, tmp_path / "model.safetensors")
+        weights, opened = open_weights(tmp_path), []
+        real = safetensors_files.safe_open
+        monkeypatch.setattr(
+            safetensors_files, "safe_open", lambda *a, **k: opened.append(a) or real(*a, **k)
+        )
+        for name, tensor in state.items():
+            assert torch.equal(weights.read(name, torch.bfloat16), tensor.bfloat16())
+            assert torch.equal(weights.read(name), tensor)
+        assert 5 <= len(opened) <= 8
 
     def test_mapped_weights_are_private(self, tmp_path):
         save_file({"a": torch.ones(5000)}, tmp_path / "a")
         before = (tmp_path / "a").read_bytes()
-        WeightFile(tmp_path / "a").mapped("a").zero_()
+        SafetensorsFile(tmp_path / "a").mapped("a").zero_()
         assert (tmp_path / "a").read_bytes() == before
 
 

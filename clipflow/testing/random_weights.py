@@ -1,4 +1,4 @@
-"""Random weights that a deep model survives, and safetensors files written tensor by tensor.
+"""Random weights that a deep model survives.
 
 One block of 4 million normal numbers is drawn for a seed; every tensor reads it from an own place
 on, around its end, scaled. Tensors of a folder are thus not independent of each other, which no
@@ -8,18 +8,14 @@ prime, so that the rows of a matrix never repeat.
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 import zlib
-from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 BLOCK = 4_194_301
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Ending of a name -> (mean, standard deviation); the first that fits counts.
 SCALES = (
     (("ls1", "ls2"), (0.1, 0.02)),
@@ -41,31 +37,15 @@ class RandomWeights:
         generator = torch.Generator().manual_seed(seed)
         self._block = torch.randn(BLOCK, generator=generator)
 
-    def write(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        take: Callable[[memoryview], object],
-    ) -> None:
-        """Hand the bytes of one tensor to `take`, at most one block at a time."""
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The weights called `name`: block after block, from a place of its own on."""
         mean, std = scale_of(name, shape)
-        start = zlib.crc32(f"{self.seed} {name}".encode()) % BLOCK
-        left = math.prod(shape)
-        if left <= BLOCK - start:
-            take(_bytes(self._scaled(slice(start, start + left), mean, std, dtype)))
-            return
-        block = _bytes(self._scaled(slice(None), mean, std, dtype))
-        begin = start * dtype.itemsize
-        left *= dtype.itemsize
-        while left:
-            piece = block[begin : begin + left]
-            take(piece)
-            left -= len(piece)
-            begin = 0
-
-    def _scaled(self, where: slice, mean: float, std: float, dtype: torch.dtype) -> Tensor:
-        return (self._block[where] * std + mean).to(dtype)
+        start, count = zlib.crc32(f"{self.seed} {name}".encode()) % BLOCK, math.prod(shape)
+        result = torch.empty(count, dtype=dtype)
+        for begin in range(-start, count, BLOCK):
+            first, last = max(begin, 0), min(begin + BLOCK, count)
+            result[first:last] = self._block[first - begin : last - begin] * std + mean
+        return result.view(shape)
 
 
 def scale_of(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
@@ -78,40 +58,3 @@ def scale_of(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     if name.endswith(("scale_shift_table", "latent_queries")):
         return 0.0, shape[-1] ** -0.5
     return 0.0, math.prod(shape[1:]) ** -0.5
-
-
-def write_safetensors(
-    path: Path,
-    tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    write: Callable[[str, Callable[[memoryview], object]], object],
-) -> None:
-    """Write a safetensors file without holding more than a part of one tensor in memory.
-
-    The bytes are those that `safetensors.torch.save_file` writes for the same tensors.
-
-    Args:
-        path: of the new file.
-        tensors: name -> (shape, dtype).
-        write: called as (name, take); hands the bytes of that tensor to `take`.
-    """
-    order = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        shape, dtype = tensors[name]
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {
-            "dtype": DTYPES[dtype],
-            "shape": list(shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("xb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in order:
-            write(name, file.write)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy())

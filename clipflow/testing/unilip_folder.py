@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from clipflow.errors import InputError
 from clipflow.models.unilip import UniLIPConfig, UniLIPModel
-from clipflow.models.unilip.checkpoint import CONFIG_FILE, INDEX_FILE
+from clipflow.models.unilip.checkpoint import CONFIG_FILE, write_json, write_shards
 from clipflow.testing.published_config import published_config, size_config
-from clipflow.testing.random_weights import DTYPES, RandomWeights, write_safetensors
+from clipflow.testing.random_weights import DTYPES, RandomWeights
 from clipflow.testing.tokenizer_files import FORMS, write_tokenizer
 
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -41,7 +41,7 @@ def write_unilip_folder(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     *,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = "2GB",
     prefixes: str = "in_memory",
     tokenizer: str = "slow",
     tied_head: bool = False,
@@ -53,9 +53,8 @@ def write_unilip_folder(
 ) -> Path:
     """Write a UniLIP folder of the published form with random weights.
 
-    The weights go to the disk as they are made, a block of at most 17 MB at a time, whatever the
-    size: 3.6 GB ("1b") or 8.3 GB ("3b") of bfloat16. The folder appears under its name when it is
-    whole; an error leaves nothing.
+    Of 3.6 GB ("1b") or 8.3 GB ("3b") of bfloat16, memory holds one weights file at a time. The
+    folder appears under its name when it is whole; an error leaves nothing.
 
     Args:
         directory: a folder that is not there yet, or empty.
@@ -96,10 +95,10 @@ def write_unilip_folder(
     staging = directory.parent / f".{directory.name}-{secrets.token_hex(4)}"
     try:
         staging.mkdir()
-        _write_json(staging / CONFIG_FILE, published_config(config, dtype))
+        write_json(staging / CONFIG_FILE, published_config(config, dtype))
         write_tokenizer(staging, image_token_id=config.tokens.img_context, form=tokenizer)
         if preprocessor:
-            _write_json(staging / "preprocessor_config.json", _preprocessor(config))
+            write_json(staging / "preprocessor_config.json", _preprocessor(config))
         _write_weights(staging, planned, names, RandomWeights(seed), max_shard_size, progress)
         os.replace(staging, directory)  # an empty folder there gives way
     except BaseException:
@@ -167,27 +166,18 @@ def _write_weights(
     max_shard_size: int | str,
     progress: bool | None,
 ) -> None:
-    from huggingface_hub import split_torch_state_dict_into_shards
-
     meta = {
         name: torch.empty(shape, dtype=dtype, device="meta")
         for name, (shape, dtype) in planned.items()
     }
-    shards = split_torch_state_dict_into_shards(meta, max_shard_size=max_shard_size)
     total = _bytes_of(planned)
     hidden = not progress if progress is not None else total < SHOW_PROGRESS_FROM
+
+    def read(name: str) -> Tensor:
+        return weights.tensor(names.get(name, name), *planned[name])
+
     with tqdm(total=total, unit="B", unit_scale=True, disable=hidden) as bar:
-
-        def write(name: str, take: Callable[[memoryview], object]) -> None:
-            shape, dtype = planned[name]
-            weights.write(names.get(name, name), shape, dtype, take)
-            bar.update(math.prod(shape) * dtype.itemsize)
-
-        for filename, inside in shards.filename_to_tensors.items():
-            write_safetensors(folder / filename, {name: planned[name] for name in inside}, write)
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        _write_json(folder / INDEX_FILE, index)
+        write_shards(folder, meta, read, max_shard_size, after_file=bar.update)
 
 
 def _preprocessor(config: UniLIPConfig) -> dict:
@@ -211,7 +201,3 @@ def _preprocessor(config: UniLIPConfig) -> dict:
 
 def _bytes_of(planned: Tensors) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in planned.values())
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

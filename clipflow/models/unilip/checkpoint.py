@@ -11,14 +11,16 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from clipflow.models.unilip.weight_files import WeightFile
+from clipflow.models.unilip.safetensors_files import Read, SafetensorsFile
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -49,17 +51,15 @@ def save_folder(
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"save: directory must be a folder, got the file {directory}")
     with staged_folder(directory) as staging:
-        _write_weights(staging, state_dict, max_shard_size)
-        text = json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n"
-        (staging / CONFIG_FILE).write_text(text, encoding="utf-8")
-        for path in staging.iterdir():
-            shutil.copymode(staging / CONFIG_FILE, path)  # safetensors makes files private
-            _sync(path)
+        write_shards(
+            staging, state_dict, lambda name: state_dict[name].detach().cpu(), max_shard_size
+        )
+        write_json(staging / CONFIG_FILE, dict(config))
 
 
 @contextmanager
 def staged_folder(directory: Path) -> Iterator[Path]:
-    """An empty folder, whose files are moved into `directory` after the `with` block.
+    """An empty folder, whose files are synced and moved into `directory` after the `with` block.
 
     An error leaves `directory` as it was, or does not make it. Weights that are there give way, and
     files of the same names; others stay. config.json goes first and comes last, so that a crash
@@ -70,7 +70,8 @@ def staged_folder(directory: Path) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
     try:
         yield staging
-        _sync(staging)
+        for path in (*staging.iterdir(), staging):
+            sync(path)
         _publish(staging, directory)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -100,18 +101,13 @@ class Weights:
     Attributes:
         files: name of a tensor -> the file that holds it.
         shapes: name -> shape, read from the headers alone.
-        dtypes: name -> dtype that it is stored in.
+        dtypes: name -> dtype that it is stored in, as of `SafetensorsFile`.
     """
 
-    def __init__(self, files: Mapping[str, WeightFile]) -> None:
+    def __init__(self, files: Mapping[str, SafetensorsFile]) -> None:
         self.files = files
-        self.shapes = {name: file.tensors[name].shape for name, file in files.items()}
-        self.dtypes = {name: file.tensors[name].dtype for name, file in files.items()}
-
-    def expect_reading(self) -> None:
-        """Let the system fetch what it has not in memory, ahead of `read`."""
-        for file in set(self.files.values()):
-            file.expect_reading()
+        self.shapes = {name: file.shapes[name] for name, file in files.items()}
+        self.dtypes = {name: file.dtypes[name] for name, file in files.items()}
 
     def read(
         self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -126,7 +122,7 @@ class Weights:
         dtype, device = dtype or self.dtypes[name], torch.device(device)
         if device.type == "cpu" and dtype == self.dtypes[name]:
             return self.files[name].mapped(name)
-        return self.files[name].converted(name, dtype, device)
+        return self.files[name].passing(name).to(device).to(dtype)
 
 
 def open_weights(directory: str | Path) -> Weights:
@@ -139,16 +135,16 @@ def open_weights(directory: str | Path) -> Weights:
     """
     directory = Path(directory)
     owners = _owners(directory)
-    files: dict[str, WeightFile] = {}
+    files: dict[str, SafetensorsFile] = {}
     for shard in sorted(set(owners.values())) if owners else [WEIGHTS_FILE]:
-        file = WeightFile(directory / shard)
-        wrong = set(file.tensors) ^ {name for name, owner in owners.items() if owner == shard}
+        file = SafetensorsFile(directory / shard)
+        wrong = set(file.shapes) ^ {name for name, owner in owners.items() if owner == shard}
         if owners and wrong:
             raise ValueError(
                 f"load: {directory / shard} must hold the tensors that {INDEX_FILE} says, "
                 f"got a difference in {listed(wrong)}"
             )
-        files |= dict.fromkeys(file.tensors, file)
+        files |= dict.fromkeys(file.shapes, file)
     return Weights(files)
 
 
@@ -181,18 +177,69 @@ def listed(items: list[str] | set[str]) -> str:
     return "; ".join(items[:MAX_LISTED]) + more
 
 
-def _write_weights(folder: Path, state_dict: Mapping[str, Tensor], max_shard_size) -> None:
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
+def write_shards(
+    folder: Path,
+    planned: Mapping[str, Tensor],
+    read: Read,
+    max_shard_size: int | str,
+    *,
+    after_file: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Write tensors into an empty folder, with an index where they need several files.
 
-    plan = split_torch_state_dict_into_shards(dict(state_dict), max_shard_size=max_shard_size)
+    Memory holds the tensors of one file at a time.
+
+    Args:
+        folder: an empty one.
+        planned: name -> a tensor of the shape and dtype that will be written; "meta" will do.
+        read: gives a tensor by name; called once for each.
+        max_shard_size: bytes of each file, or text like "2GB"; a larger tensor has its own.
+        after_file: told the bytes of tensors in a file that is written.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    plan = split_torch_state_dict_into_shards(dict(planned), max_shard_size=max_shard_size)
     for filename, names in plan.filename_to_tensors.items():
-        shard = {name: state_dict[name].detach().cpu().contiguous() for name in names}
-        save_file(shard, folder / filename, metadata={"format": "pt"})
+        write_file(folder / filename, {name: read(name) for name in names})
+        after_file(sum(planned[name].nbytes for name in names))
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / INDEX_FILE).write_text(text, encoding="utf-8")
+        write_json(folder / INDEX_FILE, index)
+
+
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file; tensors that share memory are written once each.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        safetensors.torch.save_file(_apart(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    path.chmod(mode)  # safetensors makes files private
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as an indented JSON file."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, each contiguous and none in the memory of another."""
+    found: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = (tensor.clone() if place in places else tensor).contiguous()
+        places.add(place)
+    return found
 
 
 def _publish(staging: Path, directory: Path) -> None:
@@ -204,10 +251,11 @@ def _publish(staging: Path, directory: Path) -> None:
             old.unlink()
     for new in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_FILE):
         os.replace(new, directory / new.name)
-    _sync(directory)
+    sync(directory)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot open a folder
     handle = os.open(path, os.O_RDONLY)

@@ -6,50 +6,47 @@ file or folder -> Checkpoint (names, dtypes, shapes; tensors when asked for) -> 
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from clipflow.errors import InputError
-from clipflow.models.unilip.checkpoint import INDEX_FILE, WEIGHTS_FILE, listed, staged_folder
-from clipflow.models.unilip.pickle_files import read_pickle
-from clipflow.models.unilip.safetensors_writing import (
-    DTYPES,
-    Progress,
-    Spec,
-    copy_files,
-    whole_file,
+from clipflow.models.unilip.checkpoint import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    listed,
+    staged_folder,
+    sync,
     write_file,
-    write_text,
-    write_weights,
+    write_json,
+    write_shards,
+)
+from clipflow.models.unilip.pickle_files import read_pickle
+from clipflow.models.unilip.safetensors_files import (
+    DTYPES,
+    MAPPED_BYTES,
+    PassingReader,
+    Read,
+    SafetensorsFile,
 )
 
 MAX_SHARD_BYTES = 2 * 10**9
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PICKLED_SHARD = re.compile(r"pytorch_model-(\d{5})-of-(\d{5})\.bin")
-# A mapped file is opened anew after so much of it was read, so that its pages leave the process.
-MAPPED_BYTES = 1 << 28
 # What of a model's folder goes along with its weights.
 COMPANIONS = (".json", ".txt", ".jinja", ".model", ".md")
 INDEX_BYTES = 64 << 20
-
-
-@dataclass
-class _Opened:
-    """A file that is being read: what is in it, and how much of it was read."""
-
-    specs: dict[str, Spec]
-    tensor: Callable[[str], Tensor]
-    mapped: bool
-    read_bytes: int = 0
 
 
 @dataclass
@@ -58,7 +55,7 @@ class Checkpoint:
 
     Attributes:
         where: the file or folder, for messages.
-        specs: dtype and shape of every tensor.
+        specs: name -> a tensor on the meta device, of its shape and dtype.
         owners: the file that holds each.
         folder: what else of it belongs to a model, or None.
         wrappers: keys of pickles that the tensors were under.
@@ -66,11 +63,11 @@ class Checkpoint:
 
     where: Path
     key: str | None = None
-    specs: dict[str, Spec] = field(default_factory=dict)
+    specs: dict[str, Tensor] = field(default_factory=dict)
     owners: dict[str, Path] = field(default_factory=dict)
     folder: Path | None = None
     wrappers: list[str] = field(default_factory=list)
-    _opened: dict[Path, _Opened] = field(default_factory=dict)
+    _readers: dict[Path, PassingReader] = field(default_factory=dict)
 
     def add(self, path: Path) -> None:
         """Take in the names, dtypes and shapes of a file.
@@ -78,7 +75,10 @@ class Checkpoint:
         Raises:
             InputError: it cannot be read, or has a name that another file has.
         """
-        specs = self._open(path).specs
+        if path.suffix == ".safetensors":
+            specs, self._readers[path] = _open_safetensors(path)
+        else:
+            specs, self._readers[path] = self._open_pickle(path)
         twice = [name for name in specs if name in self.owners]
         if twice:
             raise InputError(f"{path}: tensors must be in one file, got {listed(twice)} in two")
@@ -87,25 +87,23 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """A tensor, mapped from its file where that can be; files stay open until `release`."""
-        path = self.owners[name]
-        opened = self._opened.pop(path, None) or self._open(path)
-        opened.read_bytes += opened.specs[name].nbytes
-        if not opened.mapped or opened.read_bytes <= MAPPED_BYTES:
-            self._opened[path] = opened
-        return opened.tensor(name)
+        return self._readers[self.owners[name]](name)
 
     def release(self) -> None:
         """Close the files that were read."""
-        self._opened.clear()
+        for reader in self._readers.values():
+            reader.close()
 
-    def _open(self, path: Path) -> _Opened:
-        if path.suffix == ".safetensors":
-            return _open_safetensors(path)
+    def _open_pickle(self, path: Path) -> tuple[dict[str, Tensor], PassingReader]:
         found = read_pickle(path, key=self.key)
         if found.wrapper is not None and found.wrapper not in self.wrappers:
             self.wrappers.append(found.wrapper)
-        specs = {n: Spec(t.dtype, tuple(t.shape)) for n, t in found.tensors.items()}
-        return _Opened(specs, found.tensors.__getitem__, found.mapped)
+        specs = {name: _spec(tensor.shape, tensor.dtype) for name, tensor in found.tensors.items()}
+
+        def open_again() -> Read:
+            return read_pickle(path, key=self.key).tensors.__getitem__
+
+        return specs, PassingReader(open_again, MAPPED_BYTES if found.mapped else math.inf)
 
 
 def open_checkpoint(source: Path, *, key: str | None = None) -> Checkpoint:
@@ -123,13 +121,11 @@ def open_checkpoint(source: Path, *, key: str | None = None) -> Checkpoint:
         if not source.is_file():
             raise InputError(f"{source}: must be a checkpoint, got no such file")
         found.add(source)
-        found.release()
         return found
     found.folder = source
     files, owners = _files_of(source)
     for path in files:
         found.add(path)
-        found.release()
     wrong = {n for n in owners if found.owners.get(n, Path()).name != owners[n]}
     wrong |= set(found.owners) - set(owners) if owners else set()
     if wrong:
@@ -152,8 +148,8 @@ def convert_checkpoint(
 ) -> Checkpoint:
     """Write the tensors of a checkpoint as safetensors, under the same names.
 
-    Tensors that share memory are written once each. Memory holds a piece of one tensor (and a file
-    of PyTorch's format before 1.6 as a whole).
+    Tensors that share memory are written once each. Memory holds the file that is written (and a
+    file of PyTorch's format before 1.6 as a whole).
 
     Args:
         source: as of `open_checkpoint`.
@@ -174,21 +170,33 @@ def convert_checkpoint(
     """
     check_output(out, force=force)
     checkpoint = open_checkpoint(source, key=key)
-    specs = {name: _cast(spec, dtype) for name, spec in checkpoint.specs.items()}
+    specs = {
+        name: spec.to(dtype) if dtype and spec.is_floating_point() else spec
+        for name, spec in checkpoint.specs.items()
+    }
     if out.suffix == ".safetensors":
-        with _writing(out, specs, progress) as told, whole_file(out) as path:
-            write_file(path, specs, checkpoint.read, told)
+        with _writing(out, specs, progress) as told, _whole_file(out) as path:
+            read = _casting(specs, checkpoint.read)
+            write_file(path, {name: read(name) for name in specs})
+            told(sum(spec.nbytes for spec in specs.values()))
+        checkpoint.release()
     else:
-        with _writing(out, specs, progress) as told, staged_folder(out) as folder:
-            _write_folder(folder, specs, checkpoint, told, max_shard_bytes)
-    checkpoint.release()
+        write_model_folder(
+            out,
+            specs,
+            checkpoint.read,
+            companions=companions_of(checkpoint.folder) if checkpoint.folder else [],
+            release=checkpoint.release,
+            max_shard_bytes=max_shard_bytes,
+            progress=progress,
+        )
     return checkpoint
 
 
 def write_model_folder(
     out: Path,
-    specs: Mapping[str, Spec],
-    read: Callable[[str], Tensor],
+    specs: Mapping[str, Tensor],
+    read: Read,
     *,
     config: Mapping | None = None,
     companions: list[Path],
@@ -198,17 +206,23 @@ def write_model_folder(
 ) -> None:
     """Write a folder of weights with `config` as its config.json, and copies of `companions`.
 
+    Tensors are cast to the dtypes of `specs`; `release` is called when a file is written.
+
     Raises:
-        InputError: it cannot be written; nothing is left behind.
+        InputError: it cannot be written, or a value is too large for its dtype; nothing is left
+            behind.
     """
     with _writing(out, specs, progress) as told, staged_folder(out) as folder:
-        write_weights(
-            folder, specs, read, max_bytes=max_shard_bytes, progress=told, after_file=release
-        )
-        copy_files(companions, folder)
+
+        def after_file(count: int) -> None:
+            told(count)
+            release()
+
+        write_shards(folder, specs, _casting(specs, read), max_shard_bytes, after_file=after_file)
+        for path in companions:
+            shutil.copyfile(path, folder / path.name)
         if config is not None:
-            text = json.dumps(dict(config), indent=2, ensure_ascii=False) + "\n"
-            write_text(folder / "config.json", text)
+            write_json(folder / CONFIG_FILE, dict(config))
 
 
 def check_output(out: Path, *, force: bool) -> None:
@@ -239,27 +253,10 @@ def companions_of(folder: Path, *, without: tuple[str, ...] = ()) -> list[Path]:
     )
 
 
-def _write_folder(
-    folder: Path,
-    specs: Mapping[str, Spec],
-    checkpoint: Checkpoint,
-    told: Progress,
-    max_bytes: int,
-) -> None:
-    write_weights(
-        folder,
-        specs,
-        checkpoint.read,
-        max_bytes=max_bytes,
-        progress=told,
-        after_file=checkpoint.release,
-    )
-    if checkpoint.folder is not None:
-        copy_files(companions_of(checkpoint.folder), folder)
-
-
 @contextmanager
-def _writing(out: Path, specs: Mapping[str, Spec], progress: bool) -> Iterator[Progress]:
+def _writing(
+    out: Path, specs: Mapping[str, Tensor], progress: bool
+) -> Iterator[Callable[[int], object]]:
     """A bar over the bytes of `specs`; a full disk is one clear error, before or during it."""
     total = sum(spec.nbytes for spec in specs.values())
     free = shutil.disk_usage(out.absolute().parent).free
@@ -274,8 +271,33 @@ def _writing(out: Path, specs: Mapping[str, Spec], progress: bool) -> Iterator[P
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
-def _cast(spec: Spec, dtype: torch.dtype | None) -> Spec:
-    return spec if dtype is None or not spec.dtype.is_floating_point else Spec(dtype, spec.shape)
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """A place beside `path`, moved there after the `with` block; an error leaves nothing."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield beside
+        sync(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _casting(specs: Mapping[str, Tensor], read: Read) -> Read:
+    """`read`, with each tensor cast to the dtype of its spec."""
+
+    def cast(name: str) -> Tensor:
+        tensor, dtype = read(name), specs[name].dtype
+        result = tensor.to(dtype)
+        if tensor.dtype != dtype and not torch.equal(result.isfinite(), tensor.isfinite()):
+            raise InputError(f"{name}: values must fit into {dtype}, got some above its largest")
+        return result
+
+    return cast
+
+
+def _spec(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _files_of(folder: Path) -> tuple[list[Path], dict[str, str]]:
@@ -315,19 +337,13 @@ def _read_index(path: Path) -> dict[str, str]:
     return owners
 
 
-def _open_safetensors(path: Path) -> _Opened:
+def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], PassingReader]:
     try:
-        file = safe_open(path, framework="pt")
-        names = {kind: dtype for dtype, kind in DTYPES.items()}
-        specs = {}
-        for name in file.keys():
-            piece = file.get_slice(name)
-            kind = piece.get_dtype()
-            if kind not in names:
-                raise InputError(f"{path}: {name} must be of {listed(list(names))}, got {kind}")
-            specs[name] = Spec(names[kind], tuple(piece.get_shape()))
-    except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: must be a whole safetensors file, got {error}") from error
-    return _Opened(specs, file.get_tensor, mapped=True)
+        file = SafetensorsFile(path)
+    except (ValueError, OSError) as error:
+        raise InputError(str(error).removeprefix("load: ")) from error
+    unknown = [f"{name} ({kind})" for name, kind in file.dtypes.items() if isinstance(kind, str)]
+    if unknown:
+        raise InputError(f"{path}: tensors must be of {', '.join(DTYPES)}, got {listed(unknown)}")
+    specs = {name: _spec(shape, file.dtypes[name]) for name, shape in file.shapes.items()}
+    return specs, file.passing

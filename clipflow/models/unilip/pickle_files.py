@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from clipflow.errors import InputError
 from clipflow.models.unilip.checkpoint import listed
-from clipflow.models.unilip.safetensors_writing import DTYPES
+from clipflow.models.unilip.safetensors_files import DTYPES
 from clipflow.sampling.memory import require_bytes
 
 # Where trainers put the weights, beside an optimizer and counters.
@@ -273,7 +273,7 @@ def _problem(name: object, value: object, size: int) -> str | None:
         found = "a sparse tensor"
     elif value.is_quantized or value.is_nested or value.is_conj() or value.is_neg():
         found = "a tensor that is not stored as its values"
-    elif value.dtype not in DTYPES:
+    elif value.dtype not in DTYPES.values():
         found = f"a tensor of {value.dtype}"
     elif value.device.type != "cpu" or value.nbytes > min(size, value.untyped_storage().nbytes()):
         found = f"a tensor {list(value.shape)} of more values than the file has"

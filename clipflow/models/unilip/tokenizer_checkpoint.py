@@ -28,7 +28,6 @@ from clipflow.models.unilip.keys import own_name
 from clipflow.models.unilip.loading import load_config
 from clipflow.models.unilip.published import IMAGENET_MEAN, IMAGENET_STD
 from clipflow.models.unilip.published_shapes import Shapes, decoder_config, image_sides
-from clipflow.models.unilip.safetensors_writing import Spec
 
 # (prefix in the file, our prefix); they exclude each other.
 PREFIXES = (
@@ -61,7 +60,7 @@ class TokenizerTensors:
     names: Mapping[str, str]
     ignored: tuple[str, ...]
 
-    def spec(self, own: str) -> Spec:
+    def spec(self, own: str) -> Tensor:
         return self.checkpoint.specs[self.names[own]]
 
     def read(self, own: str) -> Tensor:
@@ -177,7 +176,7 @@ def convert_tokenizer(
     for own in tokenizer.names:
         spec = tokenizer.spec(own)
         wide = dtype is None or own.startswith(ALWAYS_WIDE)
-        specs[own] = spec if wide else Spec(dtype, spec.shape)
+        specs[own] = spec if wide else spec.to(dtype)
     write_model_folder(
         out,
         specs,
