@@ -9,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import config_mutations
 import folder_mutations as break_by
 import pytest
 import torch
@@ -60,8 +61,8 @@ ONE_FILE = {
         break_by.entries,
         break_by.names,
         break_by.values,
-        break_by.configs,
-        break_by.tokenizers,
+        config_mutations.configs,
+        config_mutations.tokenizers,
         break_by.others,
     )
     for name, mutation in table().items()

@@ -3,6 +3,7 @@
 import dataclasses
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -77,3 +78,27 @@ def tiny_chat(*, seed: int = 0, tied: bool = False, system: str = "") -> CLIPFlo
     pipe = CLIPFlowPipeline(model, tokenizer)
     torch.random.set_rng_state(state)
     return pipe
+
+
+def noise_picture(seed=0, size=(90, 40)):
+    """A picture of few large pixels, the same for the same seed."""
+    noise = torch.randint(0, 256, (6, 5, 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(noise.to(torch.uint8).numpy()).resize(size)
+
+
+def user(*parts):
+    """A user's message of texts and pictures."""
+    texts = [isinstance(part, str) for part in parts]
+    pairs = zip(parts, texts, strict=True)
+    return {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": part} if is_text else {"type": "image", "image": part}
+            for part, is_text in pairs
+        ],
+    }
+
+
+def said(role, text):
+    """A message of text alone."""
+    return {"role": role, "content": text}
