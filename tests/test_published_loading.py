@@ -97,6 +97,16 @@ class TestArchitecture:
         notes = {"mm_anything": 1, "tune_it": True, "some_path": "/x", "a_lr": 1e-5, "dtype": "x"}
         assert config_from_published(values | notes, shapes_of(TINY)) == TINY
 
+    def test_heads_that_config_does_not_say_are_those_of_the_width(self):
+        values = published_config(TINY)
+        for part in ("vision_config", "text_config"):
+            del values[part]["num_attention_heads"]
+        assert config_from_published(values, shapes_of(TINY)) == TINY
+        wide = vary(TINY, "vision", hidden_size=96)
+        del values["vision_config"]["hidden_size"]
+        with pytest.raises(ValueError, match=r"vision_config\.num_attention_heads"):
+            config_from_published(values, shapes_of(wide))
+
     def test_every_field_that_transformers_writes_is_known(self):
         wanted = published_config(TINY)
         stock = InternVLConfig().to_dict()

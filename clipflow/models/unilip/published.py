@@ -19,10 +19,11 @@ from clipflow.models.unilip.config import (
 )
 from clipflow.models.unilip.published_fields import Fields, shown
 from clipflow.models.unilip.published_shapes import (
+    VISION_HEADS,
     Shapes,
     decoder_config,
     dit_config,
-    image_sides,
+    vision_config,
 )
 
 MODEL_TYPE = "unilip_internvl"
@@ -37,7 +38,6 @@ VOCABULARY = 151674
 IMAGE_TOKEN = 151667
 # Rows by which a vocabulary may differ from what config.json says: tokens that training added.
 VOCABULARY_SLACK = 1024
-VISION_HEADS = 16
 # Width of the language model -> heads of queries, of keys and values.
 TEXT_HEADS = {896: (14, 2), 1536: (12, 2), 64: (4, 2)}
 # Width of the DiT -> what published models multiply latents by.
@@ -102,9 +102,6 @@ def config_from_published(values: Mapping, shapes: Mapping[str, tuple[int, ...]]
 
 def _vision_from(fields: Fields, tensors: Shapes) -> VisionConfig:
     """The tower is the original InternViT; `fields` describe the one that it replaces."""
-    tower = "vision_tower.encoder.layers"
-    image, patch, shuffle = image_sides(tensors)
-    width = tensors.of("vision_tower.embeddings.patch_embedding.weight", 4)[0]
     fields.fixed("model_type", "internvl_vision", "intern_vit_6b")
     fields.fixed("hidden_act", "gelu")
     fields.fixed("norm_type", "layer_norm")
@@ -113,19 +110,14 @@ def _vision_from(fields: Fields, tensors: Shapes) -> VisionConfig:
     for name in ("attention_bias", "qkv_bias", "use_absolute_position_embeddings"):
         fields.fixed(name, True)
     fields.agree("num_channels", 3)
+    width = tensors.of("vision_tower.embeddings.patch_embedding.weight", 4)[0]
+    heads = fields.integer("num_attention_heads", VISION_HEADS.get(width))
+    eps = fields.number("layer_norm_eps", 1e-6)
+    vision = vision_config(tensors, heads=heads, layer_norm_eps=eps)
     fields.agree("hidden_size", width)
-    fields.side("image_size", image)
-    fields.side("patch_size", patch)
-    return VisionConfig(
-        hidden_size=width,
-        num_hidden_layers=tensors.count(tower),
-        num_attention_heads=fields.integer("num_attention_heads", VISION_HEADS),
-        intermediate_size=tensors.of(f"{tower}.0.mlp.fc1.weight", 2)[0],
-        image_size=image,
-        patch_size=patch,
-        shuffle=shuffle,
-        layer_norm_eps=fields.number("layer_norm_eps", 1e-6),
-    )
+    fields.side("image_size", vision.image_size)
+    fields.side("patch_size", vision.patch_size)
+    return vision
 
 
 def _text_from(fields: Fields, tensors: Shapes) -> TextConfig:
@@ -225,7 +217,7 @@ def _config(text: TextConfig, dit: SanaConfig, factor: float) -> UniLIPConfig:
     vision = VisionConfig(
         hidden_size=1024,
         num_hidden_layers=24,
-        num_attention_heads=VISION_HEADS,
+        num_attention_heads=VISION_HEADS[1024],
         intermediate_size=4096,
         image_size=448,
         patch_size=14,

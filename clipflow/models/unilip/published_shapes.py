@@ -1,7 +1,7 @@
 """Sizes of a published UniLIP, read from the names and shapes of its tensors.
 
-Only what shapes cannot say comes from elsewhere: how the DiT's width is split into heads is a table
-(specs section 6).
+Only what shapes cannot say comes from elsewhere: how widths are split into heads are tables (specs
+section 6).
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from functools import cached_property
 
 from clipflow.models.dits.sana import SanaConfig
-from clipflow.models.unilip.config import DecoderConfig
+from clipflow.models.unilip.config import DecoderConfig, VisionConfig
 
 # Width of the DiT -> (heads of self-attention, heads of cross-attention); 64 is a size for tests.
 DIT_HEADS = {1152: (36, 16), 2240: (70, 20), 64: (4, 2)}
+# Width of the vision tower -> its heads.
+VISION_HEADS = {1024: 16, 64: 4}
 MOST_LAYERS = 1000
 DIT = "dit."
 DECODER = "vae_decoder.decoder."
@@ -93,6 +95,31 @@ def dit_config(shapes: Shapes, side: int, interpolation_scale: float) -> SanaCon
         norm_eps=1e-6,
         position_table=interpolation_scale > 0,
         interpolation_scale=interpolation_scale or 1.0,
+    )
+
+
+def vision_config(
+    shapes: Shapes, *, heads: int | None = None, layer_norm_eps: float = 1e-6
+) -> VisionConfig:
+    """The vision tower's; `heads` are those of the table when not given."""
+    tower = "vision_tower.encoder.layers"
+    image, patch, shuffle = image_sides(shapes)
+    width = shapes.of("vision_tower.embeddings.patch_embedding.weight", 4)[0]
+    heads = VISION_HEADS.get(width) if heads is None else heads
+    if heads is None:
+        raise ValueError(
+            f"published UniLIP: the vision tower must be one of {sorted(VISION_HEADS)} wide, as "
+            f"shapes do not tell its heads, got {width}"
+        )
+    return VisionConfig(
+        hidden_size=width,
+        num_hidden_layers=shapes.count(tower),
+        num_attention_heads=heads,
+        intermediate_size=shapes.of(f"{tower}.0.mlp.fc1.weight", 2)[0],
+        image_size=image,
+        patch_size=patch,
+        shuffle=shuffle,
+        layer_norm_eps=layer_norm_eps,
     )
 
 

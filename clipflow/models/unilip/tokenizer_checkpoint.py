@@ -14,7 +14,6 @@ from torch import Tensor
 
 from clipflow.errors import InputError
 from clipflow.models.unilip.checkpoint import check_shapes, listed
-from clipflow.models.unilip.config import VisionConfig
 from clipflow.models.unilip.conversion import (
     MAX_SHARD_BYTES,
     Checkpoint,
@@ -27,7 +26,7 @@ from clipflow.models.unilip.image_codec import PARTS, ImageTokenizer, TokenizerC
 from clipflow.models.unilip.keys import own_name
 from clipflow.models.unilip.loading import load_config
 from clipflow.models.unilip.published import IMAGENET_MEAN, IMAGENET_STD
-from clipflow.models.unilip.published_shapes import Shapes, decoder_config, image_sides
+from clipflow.models.unilip.published_shapes import Shapes, decoder_config, vision_config
 
 # (prefix in the file, our prefix); they exclude each other.
 PREFIXES = (
@@ -39,8 +38,6 @@ PREFIXES = (
 )
 # Of a part that was trained along and is not used.
 IGNORED = "regressor"
-# Width of the vision tower -> its heads, which shapes do not tell; 64 is a size for tests.
-HEADS = {1024: 16, 64: 4}
 ALWAYS_WIDE = "vae_decoder."
 
 
@@ -106,28 +103,13 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> TokenizerConfig
     Raises:
         ValueError: a tensor that tells a size is missing, or the vision tower's width is unknown.
     """
-    tensors, tower = Shapes(shapes), "vision_tower.encoder.layers"
-    image, patch, shuffle = image_sides(tensors)
-    width = tensors.of("vision_tower.embeddings.patch_embedding.weight", 4)[0]
-    if width not in HEADS:
-        raise ValueError(
-            f"the vision tower must be one of {sorted(HEADS)} wide, as shapes do not tell its "
-            f"heads, got {width}"
-        )
+    tensors = Shapes(shapes)
+    vision = vision_config(tensors)
     return TokenizerConfig(
-        vision=VisionConfig(
-            hidden_size=width,
-            num_hidden_layers=tensors.count(tower),
-            num_attention_heads=HEADS[width],
-            intermediate_size=tensors.of(f"{tower}.0.mlp.fc1.weight", 2)[0],
-            image_size=image,
-            patch_size=patch,
-            shuffle=shuffle,
-            layer_norm_eps=1e-6,
-        ),
+        vision=vision,
         decoder=decoder_config(tensors),
         text_width=tensors.of("multi_modal_projector.1.weight", 2)[0],
-        output_size=image,
+        output_size=vision.image_size,
         image_mean=IMAGENET_MEAN,
         image_std=IMAGENET_STD,
     )
