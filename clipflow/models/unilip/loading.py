@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +28,6 @@ from clipflow.models.unilip.published import config_from_published
 M = TypeVar("M", bound=nn.Module)
 Config = UniLIPConfig | TokenizerConfig
 DECODER = "vae_decoder."
-MOST_READERS = 4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Sizes that no tensor has.
 NOT_IN_SHAPES = ("text.max_position_embeddings", "vision.image_size")
@@ -78,16 +75,11 @@ def read_weights(
     Raises:
         ValueError: a weight is not finite.
     """
-
-    def take(own: str) -> tuple[Tensor, Tensor]:
-        tensor = weights.read(names[own], _dtype_of(own, dtype), device)
-        return tensor, torch.stack(torch.aminmax(tensor)).float()
-
-    wanted = list(model.state_dict())
-    with ThreadPoolExecutor(_readers(torch.device(device))) as readers:
-        found = dict(zip(wanted, readers.map(take, wanted), strict=True))
-    _check_finite({own: ends for own, (_, ends) in found.items()}, names, where)
-    state = {own: tensor for own, (tensor, _) in found.items()}
+    state, ends = {}, {}
+    for own in model.state_dict():
+        state[own] = weights.read(names[own], _dtype_of(own, dtype), device)
+        ends[own] = torch.stack(torch.aminmax(state[own])).float()
+    _check_finite(ends, names, where)
     model.load_state_dict(state, assign=True)
 
 
@@ -212,16 +204,6 @@ def materialize_rotary(model: nn.Module, device: torch.device | str = "cpu") -> 
                 fresh = Qwen2RotaryEmbedding(module.config)
             for name, table in fresh.named_buffers():
                 module.register_buffer(name, table.to(device), persistent=False)
-
-
-def _readers(device: torch.device) -> int:
-    """Threads that share the system's work for memory touched first, which takes the longest.
-
-    Where torch computes on all processors it is shared already.
-    """
-    if device.type != "cpu":
-        return 1
-    return max(1, min(MOST_READERS, (os.cpu_count() or 1) // torch.get_num_threads()))
 
 
 def _dtype_of(own: str, dtype: torch.dtype | None) -> torch.dtype | None:

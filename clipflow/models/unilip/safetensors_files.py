@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from threading import Lock
 
 import torch
 from safetensors import safe_open
@@ -28,8 +27,6 @@ Read = Callable[[str], Tensor]
 class PassingReader:
     """Reads tensors that are not kept: the file is opened anew after `most` bytes of them.
 
-    Several threads may call it.
-
     Args:
         open_file: opens the file; gives what reads a tensor by name.
         most: bytes.
@@ -37,16 +34,14 @@ class PassingReader:
 
     def __init__(self, open_file: Callable[[], Read], most: float) -> None:
         self._open, self._most = open_file, most
-        self._lock = Lock()
         self.close()
 
     def __call__(self, name: str) -> Tensor:
-        with self._lock:
-            if self._bytes > self._most:
-                self.close()
-            self._read = self._read or self._open()
-            tensor = self._read(name)
-            self._bytes += tensor.nbytes
+        if self._bytes > self._most:
+            self.close()
+        self._read = self._read or self._open()
+        tensor = self._read(name)
+        self._bytes += tensor.nbytes
         return tensor
 
     def close(self) -> None:
