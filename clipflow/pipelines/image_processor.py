@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,12 +15,19 @@ from PIL import Image
 from torch import Tensor
 
 from clipflow.errors import InputError
-from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.models.unilip.pixel_decoder import resize_pictures
 from clipflow.pipelines.image_io import ImageInput, load_image
 from clipflow.pipelines.output import Pictures
 
 FILE_NAME = "preprocessor_config.json"
+
+
+class PictureConfig(Protocol):
+    """What a configuration says of the pictures that a model sees."""
+
+    image_size: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +47,11 @@ class ImageProcessor:
     resample: int = int(Image.Resampling.BICUBIC)
 
     @classmethod
-    def from_config(cls, config: UniLIPConfig) -> ImageProcessor:
+    def from_config(cls, config: PictureConfig) -> ImageProcessor:
         return cls(size=config.image_size, mean=config.image_mean, std=config.image_std)
 
     @classmethod
-    def from_folder(cls, folder: Path, config: UniLIPConfig) -> ImageProcessor:
+    def from_folder(cls, folder: Path, config: PictureConfig) -> ImageProcessor:
         """Read `preprocessor_config.json`; where it is missing, the model's own configuration.
 
         Raises:
@@ -68,7 +76,7 @@ class ImageProcessor:
         found._check(config, path)
         return found
 
-    def _check(self, config: UniLIPConfig, path: Path) -> None:
+    def _check(self, config: PictureConfig, path: Path) -> None:
         if self.size != config.image_size:
             raise InputError(f"{path}: size must be {config.image_size}, got {self.size}")
         numbers = [*self.mean, *self.std]
