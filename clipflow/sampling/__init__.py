@@ -1,10 +1,17 @@
 """Flow-matching schedules, solvers, the sampling loop and sampling plans; no model inside."""
 
-from clipflow.sampling.flow_matching import FlowTimes, draw_times, flow_matching_loss, interpolate
+from clipflow.sampling.flow_matching import (
+    FlowTimes,
+    draw_times,
+    draw_uniform_times,
+    drop_conditions,
+    flow_matching_loss,
+    interpolate,
+)
 from clipflow.sampling.plan import TIERS, Denoiser, PlanSpec, SamplingPlan
 from clipflow.sampling.plan_cache import PlanCache
 from clipflow.sampling.sample import sample
-from clipflow.sampling.schedule import FlowSchedule, flow_schedule
+from clipflow.sampling.schedule import FlowSchedule, euler_schedule, flow_schedule
 from clipflow.sampling.solvers import SOLVERS, Evaluation, solver_table
 from clipflow.sampling.step_cache import FirstBlockCache, StepCache, TaylorForecast
 
@@ -22,6 +29,9 @@ __all__ = [
     "StepCache",
     "TaylorForecast",
     "draw_times",
+    "draw_uniform_times",
+    "drop_conditions",
+    "euler_schedule",
     "flow_matching_loss",
     "flow_schedule",
     "interpolate",
