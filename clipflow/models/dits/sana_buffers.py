@@ -21,7 +21,8 @@ class Buffers:
         normed: its modulated norm, [R, N, D].
         branch: what a branch adds to the stream, [R, N, D].
         velocity: of the latents, [R, C, N].
-        shared_wide: packed q, k and v; cross-attention's queries; both halves of the feed-forward.
+        shared_wide: packed q, k and v, and behind them normed q and k; cross-attention's queries,
+            and behind them the normed ones; both halves of the feed-forward.
         shared_middle: the mixed values of self-attention; the gated half of the feed-forward.
     """
 
@@ -41,16 +42,21 @@ class Buffers:
         hidden: int,
         out_channels: int,
         *,
+        qk_norm: bool,
         dtype: torch.dtype,
         device: torch.device,
     ) -> Buffers:
-        """Buffers for R = `rows`, N = `tokens`, D = `channels` and M = `hidden`."""
+        """Buffers for R = `rows`, N = `tokens`, D = `channels` and M = `hidden`.
+
+        `qk_norm`: whether there must be room for normed queries and keys.
+        """
+        most = max((5 if qk_norm else 3) * channels, 2 * hidden)
         kind = {"dtype": dtype, "device": device}
         stream = (rows, tokens, channels)
         return cls(
             *(torch.empty(stream, **kind) for _ in range(3)),
             velocity=torch.empty(rows, out_channels, tokens, **kind),
-            shared_wide=torch.empty(rows, tokens * max(3 * channels, 2 * hidden), **kind),
+            shared_wide=torch.empty(rows, tokens * most, **kind),
             shared_middle=torch.empty(rows, tokens * max(channels, hidden), **kind),
         )
 
@@ -65,6 +71,13 @@ class Buffers:
     def wide(self, width: int) -> Tensor:
         """The shared buffer as [R * N, width]."""
         return self._shared(self.shared_wide, width)
+
+    def behind(self, width: int, *widths: int) -> list[Tensor]:
+        """The places behind [R * N, `width`] in that buffer, [R * N, w] of each w in `widths`."""
+        tokens = self.hidden.shape[0] * self.hidden.shape[1]
+        free = self.shared_wide.flatten()[tokens * width : tokens * (width + sum(widths))]
+        parts = free.split([tokens * w for w in widths])
+        return [part.view(tokens, w) for part, w in zip(parts, widths, strict=True)]
 
     def middle(self, width: int) -> Tensor:
         """The other shared buffer as [R * N, width]."""
