@@ -121,7 +121,7 @@ def run(what: str, folder: Path) -> dict[str, float]:
 
 def write_random(folder: Path) -> Path:
     """A random bfloat16 folder of about 2 GB with the widths of UniLIP-1B."""
-    from clipflow.models.unilip.checkpoint import write_shards
+    from clipflow.models.folders.checkpoint import write_shards
     from clipflow.testing.published_config import published_config
     from clipflow.testing.random_weights import RandomWeights
     from clipflow.testing.unilip_folder import plan_tensors, published_name

@@ -15,11 +15,12 @@ from clipflow import CLIPFlowPipeline
 from clipflow.cli.arguments import add_model_options, load_pipeline
 from clipflow.cli.main import main
 from clipflow.errors import InputError
-from clipflow.models.unilip import UniLIPModel, safetensors_files
-from clipflow.models.unilip.checkpoint import open_weights
+from clipflow.models.folders import safetensors_files
+from clipflow.models.folders.checkpoint import open_weights
+from clipflow.models.folders.safetensors_files import SafetensorsFile
+from clipflow.models.unilip import UniLIPModel
 from clipflow.models.unilip.keys import map_names, skipped_names
 from clipflow.models.unilip.published import config_from_published
-from clipflow.models.unilip.safetensors_files import SafetensorsFile
 from clipflow.pipelines.loading import load_tokenizer, load_unilip, summarize_folder
 from clipflow.testing import write_unilip_folder
 from clipflow.testing.published_config import published_config, size_config
@@ -247,7 +248,7 @@ class TestWeightFiles:
             assert read("b").data_ptr() % 4 == 0
 
     def test_files_are_opened_anew_for_what_is_converted(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("clipflow.models.unilip.safetensors_files.MAPPED_BYTES", 1000)
+        monkeypatch.setattr("clipflow.models.folders.safetensors_files.MAPPED_BYTES", 1000)
         state = {f"{i}": torch.randn(70, i) for i in range(1, 9)}
         save_file(state, tmp_path / "model.safetensors")
         weights, opened = open_weights(tmp_path), []

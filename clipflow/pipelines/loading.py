@@ -13,10 +13,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from clipflow.errors import InputError
+from clipflow.models.folders.checkpoint import open_weights, read_config
+from clipflow.models.folders.loading import name_weights, open_model
 from clipflow.models.unilip import UniLIPConfig, UniLIPModel
-from clipflow.models.unilip.checkpoint import open_weights, read_config
 from clipflow.models.unilip.keys import skipped_names
-from clipflow.models.unilip.loading import name_weights, open_model, read_unilip_config
+from clipflow.models.unilip.loading import FORMAT, read_unilip_config
 from clipflow.models.unilip.sizes import count_shapes, part_of
 from clipflow.pipelines.tokenizer_files import check_tokenizer, read_tokenizer
 
@@ -77,7 +78,7 @@ def check_unilip(folder: Path) -> None:
         InputError: config.json or the weights are broken, or do not belong together.
     """
     with _one_line(folder):
-        open_model(UniLIPModel, folder)
+        open_model(UniLIPModel, folder, FORMAT)
 
 
 def read_unilip_folder(folder: Path) -> UniLIPConfig:
@@ -107,7 +108,7 @@ def summarize_folder(folder: Path) -> FolderSummary:
     """
     with _one_line(folder):
         values, weights = read_config(folder), open_weights(folder)
-        names, shapes = name_weights(weights)
+        names, shapes = name_weights(weights, FORMAT)
         dtypes: dict[str, dict[torch.dtype, int]] = {}
         for own, found in names.items():
             part, dtype = part_of(own), weights.dtypes[found]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from clipflow.models.dits.sana import SanaConfig
-from clipflow.models.unilip.parsing import build
+from clipflow.models.folders.parsing import build
 
 MODEL_TYPE = "clipflow_unilip"
 LARGEST = 1e12

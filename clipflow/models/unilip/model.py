@@ -23,11 +23,12 @@ from transformers import Qwen2Config, Qwen2Model
 
 from clipflow.errors import ShapeError
 from clipflow.models.dits.sana import SanaTransformer
-from clipflow.models.unilip import checkpoint
+from clipflow.models.folders import checkpoint
+from clipflow.models.folders.loading import load_model
 from clipflow.models.unilip.config import TextConfig, UniLIPConfig
 from clipflow.models.unilip.connector import Connector
 from clipflow.models.unilip.image_codec import ImageCodec
-from clipflow.models.unilip.loading import load_model
+from clipflow.models.unilip.loading import FORMAT
 from clipflow.models.unilip.pixel_decoder import PixelDecoder
 from clipflow.models.unilip.vision import VisionTower, make_projector
 
@@ -91,7 +92,7 @@ class UniLIPModel(ImageCodec):
             ValueError: a damaged file, other keys or shapes than the model's, or a weight that is
                 NaN or infinite.
         """
-        return load_model(cls, directory, dtype=dtype, device=device)
+        return load_model(cls, directory, FORMAT, dtype=dtype, device=device)
 
     def embed_prompt(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
         """Token embeddings [B, T, H] with the image features written at the image positions.

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from clipflow.models.unilip.safetensors_files import Read, SafetensorsFile
+from clipflow.models.folders.safetensors_files import Read, SafetensorsFile
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
