@@ -7,12 +7,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from clipflow.models.dc_ae.config import DecoderConfig
 from clipflow.models.dits.sana import SanaConfig
 from clipflow.models.folders.parsing import build
 
 MODEL_TYPE = "clipflow_unilip"
 LARGEST = 1e12
-DECODER_BLOCKS = ("ResBlock", "EfficientViTBlock")
 NOISE_DTYPES = ("float32", "bfloat16")
 
 
@@ -44,23 +44,6 @@ class TextConfig:
     rms_norm_eps: float
     max_position_embeddings: int
     tie_word_embeddings: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """DC-AE decoder; stages go from the largest picture to the smallest, as in diffusers."""
-
-    latent_channels: int
-    attention_head_dim: int
-    block_types: tuple[str, ...]
-    block_out_channels: tuple[int, ...]
-    layers_per_block: tuple[int, ...]
-    qkv_multiscales: tuple[tuple[int, ...], ...]
-
-    @property
-    def upscale(self) -> int:
-        """Picture pixels per latent cell and axis."""
-        return 2 ** (len(self.block_out_channels) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +121,6 @@ class UniLIPConfig:
 def _rules(config: UniLIPConfig) -> list[tuple[str, bool]]:
     """What must fit together: (what is wanted and what was found, whether it is violated)."""
     vision, text, dit, decoder = config.vision, config.text, config.dit, config.decoder
-    stages = len(decoder.block_out_channels)
-    lengths = [
-        len(decoder.block_types),
-        len(decoder.layers_per_block),
-        len(decoder.qkv_multiscales),
-    ]
-    blocks = sorted(set(decoder.block_types) - set(DECODER_BLOCKS))
     channels = [dit.in_channels, dit.out_channels]
     special = dataclasses.asdict(config.tokens)
     outside = {k: v for k, v in special.items() if not -1 <= v < text.vocab_size}
@@ -159,11 +135,7 @@ def _rules(config: UniLIPConfig) -> list[tuple[str, bool]]:
             f"dit in and out channels must be {decoder.latent_channels} as latents, got {channels}",
             channels != [decoder.latent_channels] * 2,
         ),
-        (
-            f"decoder lists must have {stages} entries as block_out_channels, got {lengths}",
-            lengths != [stages] * 3,
-        ),
-        (f"decoder.block_types must be of {list(DECODER_BLOCKS)}, got {blocks}", bool(blocks)),
+        *decoder.rules(),
         (f"tokens must be below vocab_size {text.vocab_size}, got {outside}", bool(outside)),
         (
             f"noise_dtype must be one of {list(NOISE_DTYPES)}, got {config.noise_dtype!r}",
