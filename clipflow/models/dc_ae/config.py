@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from clipflow.models.folders.rules import Rule
+
 BLOCKS = ("ResBlock", "EfficientViTBlock")
 
 
@@ -23,8 +25,8 @@ class DecoderConfig:
         """Picture pixels per latent cell and axis."""
         return 2 ** (len(self.block_out_channels) - 1)
 
-    def rules(self) -> list[tuple[str, bool]]:
-        """What must fit together: (what is wanted and what was found, whether it is violated)."""
+    def rules(self) -> list[Rule]:
+        """What must fit together."""
         stages = len(self.block_out_channels)
         lengths = [len(self.block_types), len(self.layers_per_block), len(self.qkv_multiscales)]
         blocks = sorted(set(self.block_types) - set(BLOCKS))
