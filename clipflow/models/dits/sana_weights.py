@@ -72,7 +72,9 @@ def norm_weights(
     return q.weight.detach(), k.weight.detach(), q.eps
 
 
-def norm_heads(q: Tensor, k: Tensor, norms: Norms, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def norm_heads(
+    q: Tensor, k: Tensor, norms: Norms, out: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
     """Queries and keys, [R, N, H, K] each, normed across heads into `out`."""
     q_weight, k_weight, eps = norms
     return ops.qk_norm_rope(
