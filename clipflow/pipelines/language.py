@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from clipflow.errors import InputError
+from clipflow.models.language.reading import Reading
 from clipflow.models.language.token_sampling import Generators, TokenSampling, row_dice
-from clipflow.models.unilip.reading import Reading
 from clipflow.pipelines.answers import Answer, AnswerEnd, make_answers, stop_texts, text_pieces
 from clipflow.pipelines.arguments import is_list, listed, paired, positive
 from clipflow.pipelines.conversation import Conversation, Messages, conversations_of
