@@ -123,22 +123,9 @@ def _rules(config: UniLIPConfig) -> list[Rule]:
             f"dit in and out channels must be {decoder.latent_channels} as latents, got {channels}",
             channels != [decoder.latent_channels] * 2,
         ),
-<<<<<<< HEAD
         *decoder.rules(),
-        (f"tokens must be below vocab_size {text.vocab_size}, got {outside}", bool(outside)),
-        (
-            f"noise_dtype must be one of {list(NOISE_DTYPES)}, got {config.noise_dtype!r}",
-            config.noise_dtype not in NOISE_DTYPES,
-        ),
-=======
-        (
-            f"decoder lists must have {stages} entries as block_out_channels, got {lengths}",
-            lengths != [stages] * 3,
-        ),
-        (f"decoder.block_types must be of {list(DECODER_BLOCKS)}, got {blocks}", bool(blocks)),
         token_ids(dataclasses.asdict(config.tokens), text.vocab_size),
         noise_dtype(config.noise_dtype),
->>>>>>> b130448
     ]
 
 
