@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from clipflow.errors import InputError
+from clipflow.models.language.rotary import materialize_rotary
 from clipflow.models.unilip import UniLIPModel
-from clipflow.models.unilip.loading import materialize_rotary
 from clipflow.pipelines.conditions import ConditionCache, ConditionEncoder
 from clipflow.pipelines.generation_defaults import FILE_NAME as GENERATION_FILE
 from clipflow.pipelines.generation_defaults import GenerationDefaults

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-import torch
-from torch import nn
-
 from clipflow.models.folders.loading import FolderFormat
+from clipflow.models.language.rotary import materialize_rotary
 from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.models.unilip.image_codec import MODEL_TYPE as TOKENIZER_TYPE
 from clipflow.models.unilip.image_codec import TokenizerConfig
@@ -46,22 +44,6 @@ def sizes(config: UniLIPConfig | TokenizerConfig) -> dict[str, object]:
     widths = parts["decoder"]["block_out_channels"]
     numbers |= {f"decoder.block_out_channels[{i}]": width for i, width in enumerate(widths)}
     return {name: value for name, value in numbers.items() if name not in NOT_IN_SHAPES}
-
-
-def materialize_rotary(model: nn.Module, device: torch.device | str = "cpu") -> None:
-    """Compute the rotary tables of a model that was built on the meta device, in float32.
-
-    They are no part of a checkpoint, so nothing loads them.
-    """
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-
-    for module in model.modules():
-        if isinstance(module, Qwen2RotaryEmbedding):
-            # On the CPU, so that every device gets the same table.
-            with torch.device("cpu"):
-                fresh = Qwen2RotaryEmbedding(module.config)
-            for name, table in fresh.named_buffers():
-                module.register_buffer(name, table.to(device), persistent=False)
 
 
 FORMAT = FolderFormat(
