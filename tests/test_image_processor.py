@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 from PIL.Image import Resampling
+from unilip_fixture import TINY, fixture_config
 
 from clipflow.errors import InputError
 from clipflow.models.blip3o.eva import CLIP_MEAN, CLIP_STD
-from clipflow.models.unilip import scenes_config
 from clipflow.pipelines.image_processor import ImageProcessor
 
 
@@ -79,7 +79,7 @@ def test_another_crop_is_refused():
 
 @pytest.mark.parametrize("crop", ["none", "before"])
 def test_a_folder_keeps_the_crop(tmp_path, crop):
-    config = scenes_config()
+    config = fixture_config(TINY)
     kept = dataclasses.replace(ImageProcessor.from_config(config), crop=crop)
     file = tmp_path / "preprocessor_config.json"
     file.write_text(kept.to_json())

@@ -158,7 +158,7 @@ def test_kept_keys_are_normed(pair):
     noise, null, cond = inputs()
     plan = SamplingPlan(spec_of(), ours.denoiser(spec_of()))
     plan.run(noise, null, cond)
-    keys = plan.denoiser.keys[-1]
+    keys = plan.denoiser.keys.groups[-1]
     attention, tokens = ours.transformer_blocks[0].attn2, ours.embed_condition(torch.stack(cond))
     wanted = attention.norm_k(attention.to_k(tokens))
     stored = keys._buffer[0, :18].view(2, 9, 2, 32)

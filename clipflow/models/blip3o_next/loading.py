@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from clipflow.models.blip3o_next.config import BLIP3oNextConfig
 from clipflow.models.blip3o_next.keys import map_names, missing_parts, own_name
 from clipflow.models.blip3o_next.published import config_from_published, is_published
 from clipflow.models.folders.checkpoint import Weights, open_weights, read_config
-from clipflow.models.folders.loading import FolderFormat
-from clipflow.models.folders.safetensors_files import SafetensorsFile
-from clipflow.models.language.rotary import materialize_rotary
+from clipflow.models.folders.loading import FolderFormat, refresh_tables
 
 # The decoder is float32 always: a small part of the time, and half precision shows.
 WIDE = ("vae.",)
-# Parts of a diffusers folder, and their files; others there are of another precision.
+# Parts of a diffusers folder, and the files of one.
 DIFFUSERS_PARTS = ("transformer", "vae")
-DIFFUSERS_FILE = re.compile(r"diffusion_pytorch_model(-\d{5}-of-\d{5})?\.safetensors")
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def open_next_weights(directory: str | Path) -> Weights:
@@ -37,14 +37,18 @@ def open_next_weights(directory: str | Path) -> Weights:
     named = read_config(directory).get("diffusion_name_or_path")
     if not isinstance(named, str) or not named:
         return weights
+    folder = Path(directory) / named
+    if not folder.is_dir():
+        return weights
     files = dict(weights.files)
     found = {own_name(name) for name in files}
     for part in DIFFUSERS_PARTS:
-        for path in sorted((Path(directory) / named / part).glob("*.safetensors")):
-            if not DIFFUSERS_FILE.fullmatch(path.name):
-                continue
-            file = SafetensorsFile(path)
-            files |= {name: file for name in file.shapes if own_name(name) not in found}
+        more = open_weights(
+            folder / part,
+            weights_file=DIFFUSERS_FILE,
+            index_file=f"{DIFFUSERS_FILE}.index.json",
+        )
+        files |= {n: file for n, file in more.files.items() if own_name(n) not in found}
     return Weights(files)
 
 
@@ -66,6 +70,13 @@ def sizes(config: BLIP3oNextConfig) -> dict[str, object]:
         numbers |= {f"{part}.{name}": value for name, value in parts[part].items()}
     del numbers["text.max_position_embeddings"]  # no tensor has it
     return numbers
+
+
+def materialize_rotary(model: nn.Module, device: torch.device | str = "cpu") -> None:
+    """Compute the rotary table of a model that was built on the meta device, in float32."""
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+    refresh_tables(model, (Qwen3RotaryEmbedding,), device)
 
 
 FORMAT = FolderFormat(

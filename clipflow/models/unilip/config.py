@@ -88,6 +88,10 @@ class UniLIPConfig:
         """Side of the latent grid: one cell for each feature."""
         return self.vision.image_size // (self.vision.shuffle * self.vision.patch_size)
 
+    @property
+    def latent_channels(self) -> int:
+        return self.decoder.latent_channels
+
     def to_dict(self) -> dict:
         """Plain JSON values."""
         return {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}

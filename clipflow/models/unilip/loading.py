@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from clipflow.models.folders.loading import FolderFormat
-from clipflow.models.language.rotary import materialize_rotary
+import torch
+from torch import nn
+
+from clipflow.models.folders.loading import FolderFormat, refresh_tables
 from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.models.unilip.image_codec import MODEL_TYPE as TOKENIZER_TYPE
 from clipflow.models.unilip.image_codec import TokenizerConfig
@@ -44,6 +46,13 @@ def sizes(config: UniLIPConfig | TokenizerConfig) -> dict[str, object]:
     widths = parts["decoder"]["block_out_channels"]
     numbers |= {f"decoder.block_out_channels[{i}]": width for i, width in enumerate(widths)}
     return {name: value for name, value in numbers.items() if name not in NOT_IN_SHAPES}
+
+
+def materialize_rotary(model: nn.Module, device: torch.device | str = "cpu") -> None:
+    """Compute the rotary tables of a model that was built on the meta device, in float32."""
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+    refresh_tables(model, (Qwen2RotaryEmbedding,), device)
 
 
 FORMAT = FolderFormat(
