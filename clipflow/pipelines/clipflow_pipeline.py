@@ -24,7 +24,6 @@ from clipflow.pipelines.options import (
     each_image,
 )
 from clipflow.pipelines.output import CLIPFlowPipelineOutput, Pictures, in_order
-from clipflow.pipelines.prompts import check_text
 from clipflow.pipelines.sampler import Run
 from clipflow.sampling import StepCache
 from clipflow.sampling.plan import StepCallback
@@ -96,8 +95,8 @@ class CLIPFlowPipeline(LanguageCalls):
             SamplingError: the model made a latent that is not finite.
         """
         self.family.require("__call__", self.model)
-        prompts = [check_text("prompt", text) for text in listed(prompt)]
-        negatives = broadcast("negative_prompt", negative_prompt, len(prompts))
+        prompts = [self.prompts.check("prompt", text) for text in listed(prompt)]
+        negatives = broadcast("negative_prompt", negative_prompt, len(prompts), self.prompts.check)
         options = self._options(
             len(prompts),
             num_images_per_prompt,
@@ -159,8 +158,8 @@ class CLIPFlowPipeline(LanguageCalls):
         """
         self.family.require("edit", self.model)
         images, prompts = paired(listed(image), listed(prompt))
-        prompts = [check_text("prompt", text) for text in prompts]
-        negatives = broadcast("negative_prompt", negative_prompt, len(prompts))
+        prompts = [self.prompts.check("prompt", text) for text in prompts]
+        negatives = broadcast("negative_prompt", negative_prompt, len(prompts), self.prompts.check)
         options = self._options(
             len(prompts),
             num_images_per_prompt,
