@@ -34,7 +34,7 @@ CHILD = """
 import pathlib, sys, time, torch
 from clipflow.models.unilip import UniLIPModel
 from safetensors.torch import load_file
-from clipflow.pipelines.loading import load_unilip
+from clipflow.pipelines.loading import load_model
 from clipflow.pipelines.model_folders import find_model
 def resident():
     lines = dict(line.split(":") for line in open("/proc/self/status") if line.startswith("Vm"))
@@ -43,7 +43,7 @@ def load(what, folder):
     if what == "plain":
         files = sorted(folder.glob("*.safetensors"))
         return [{name: t.clone() for name, t in load_file(file).items()} for file in files]
-    return load_unilip(folder, dtype=None if what == "auto" else getattr(torch, what))
+    return load_model(folder, dtype=None if what == "auto" else getattr(torch, what))
 load("float32", find_model("scenes"))
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
 before = resident()[1]
@@ -121,7 +121,7 @@ def run(what: str, folder: Path) -> dict[str, float]:
 
 def write_random(folder: Path) -> Path:
     """A random bfloat16 folder of about 2 GB with the widths of UniLIP-1B."""
-    from clipflow.models.unilip.checkpoint import write_shards
+    from clipflow.models.folders.checkpoint import write_shards
     from clipflow.testing.published_config import published_config
     from clipflow.testing.random_weights import RandomWeights
     from clipflow.testing.unilip_folder import plan_tensors, published_name

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clipflow.errors import InputError
-from clipflow.models.unilip.conversion import convert_checkpoint
+from clipflow.models.folders.conversion import convert_checkpoint
 
 KINDS = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,

@@ -21,9 +21,9 @@ import clipflow
 from clipflow.cli.convert import size
 from clipflow.cli.main import main
 from clipflow.errors import InputError
-from clipflow.models.unilip import conversion
-from clipflow.models.unilip.conversion import convert_checkpoint, open_checkpoint
-from clipflow.models.unilip.pickle_files import read_pickle
+from clipflow.models.folders import conversion
+from clipflow.models.folders.conversion import convert_checkpoint, open_checkpoint
+from clipflow.models.folders.pickle_files import read_pickle
 from clipflow.sampling import memory
 
 

@@ -12,8 +12,8 @@ from converted import assert_same, names, refused, some_tensors
 from safetensors.torch import load_file
 
 from clipflow.errors import InputError
-from clipflow.models.unilip import conversion
-from clipflow.models.unilip.conversion import convert_checkpoint
+from clipflow.models.folders import conversion
+from clipflow.models.folders.conversion import convert_checkpoint
 
 
 class TestWriting:

@@ -11,10 +11,11 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
+from clipflow.models.folders.checkpoint import INDEX_FILE, WEIGHTS_FILE
+from clipflow.models.folders.loading import load_config, load_names
 from clipflow.models.unilip import UniLIPConfig, UniLIPModel, scenes_config
-from clipflow.models.unilip.checkpoint import INDEX_FILE, WEIGHTS_FILE
 from clipflow.models.unilip.config import TokenIds
-from clipflow.models.unilip.loading import load_config, load_names
+from clipflow.models.unilip.loading import FORMAT
 
 TOKENS = TokenIds(pad=0, img_start=1, img_end=2, img_context=3, im_end=4)
 SHARD = "1MB"  # the small model makes several shards of it
@@ -93,7 +94,7 @@ class TestRoundTrip:
         assert_same(UniLIPModel.from_pretrained(str(sharded)), model)
 
     def test_config_alone(self, model, sharded):
-        assert load_config(sharded) == model.config
+        assert load_config(sharded, FORMAT) == model.config
 
     def test_tied_head(self, tmp_path):
         tied = UniLIPModel(small_config(tied=True)).eval()
@@ -348,7 +349,7 @@ class TestConfig:
 
 def test_load_names_is_strict(model):
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    load_names(UniLIPModel(small_config()), state)
+    load_names(UniLIPModel(small_config()), state, FORMAT)
     state.pop("model.projector.bias")
     with pytest.raises(ValueError, match=r"1 differences: projector\.bias: missing"):
-        load_names(UniLIPModel(small_config()), state)
+        load_names(UniLIPModel(small_config()), state, FORMAT)

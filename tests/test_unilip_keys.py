@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from unilip_fixture import FIXTURES, TINY, fixture_config
 
+from clipflow.models.folders.checkpoint import WEIGHTS_FILE
 from clipflow.models.unilip import UniLIPConfig, UniLIPModel, published
-from clipflow.models.unilip.checkpoint import WEIGHTS_FILE
 from clipflow.models.unilip.keys import map_names, own_name
 from clipflow.models.unilip.published import (
     VOCABULARY,

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clipflow.models.dits.sana import SanaConfig
+from clipflow.models.folders.loading import load_names
 from clipflow.models.unilip import UniLIPModel
 from clipflow.models.unilip.config import (
     DecoderConfig,
@@ -22,7 +23,7 @@ from clipflow.models.unilip.config import (
     UniLIPConfig,
     VisionConfig,
 )
-from clipflow.models.unilip.loading import load_names
+from clipflow.models.unilip.loading import FORMAT
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "unilip_tiny"
@@ -60,7 +61,7 @@ def parity_dir() -> Path:
 def load_fixture() -> Fixture:
     folder = parity_dir()
     model = UniLIPModel(fixture_config(folder))
-    load_names(model, load_file(folder / "model.safetensors"))
+    load_names(model, load_file(folder / "model.safetensors"), FORMAT)
     model.requires_grad_(False).eval()
     return Fixture(model, load_file(folder / "tensors.safetensors"))
 

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--max-shard-size goes with a folder: -o DIR")
     import torch
 
-    from clipflow.models.unilip.conversion import MAX_SHARD_BYTES, convert_checkpoint
+    from clipflow.models.folders.conversion import MAX_SHARD_BYTES, convert_checkpoint
 
     options = {
         "key": args.key,

@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from clipflow.errors import InputError
+from clipflow.models.folders.checkpoint import CONFIG_FILE, write_json, write_shards
 from clipflow.models.unilip import UniLIPConfig, UniLIPModel
-from clipflow.models.unilip.checkpoint import CONFIG_FILE, write_json, write_shards
 from clipflow.testing.published_config import published_config, size_config
 from clipflow.testing.random_weights import DTYPES, RandomWeights
 from clipflow.testing.tokenizer_files import FORMS, write_tokenizer

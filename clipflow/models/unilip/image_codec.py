@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from clipflow.models.folders.parsing import build
 from clipflow.models.unilip.config import DecoderConfig, UniLIPConfig, VisionConfig
-from clipflow.models.unilip.parsing import build
 from clipflow.models.unilip.pixel_decoder import PixelDecoder
 from clipflow.models.unilip.vision import VisionTower, make_projector, pixel_shuffle
 

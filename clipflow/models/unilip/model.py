@@ -14,7 +14,6 @@ Data flow, specs of UniLIP section 1:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +21,16 @@ from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2Model
 
 from clipflow.errors import ShapeError
+from clipflow.models.condition import Condition
 from clipflow.models.dits.sana import SanaTransformer
-from clipflow.models.unilip import checkpoint
+from clipflow.models.folders import checkpoint
+from clipflow.models.folders.loading import load_model
 from clipflow.models.unilip.config import TextConfig, UniLIPConfig
 from clipflow.models.unilip.connector import Connector
 from clipflow.models.unilip.image_codec import ImageCodec
-from clipflow.models.unilip.loading import load_model
+from clipflow.models.unilip.loading import FORMAT
 from clipflow.models.unilip.pixel_decoder import PixelDecoder
 from clipflow.models.unilip.vision import VisionTower, make_projector
-
-
-class Condition(NamedTuple):
-    """What the DiT attends to: `hidden` [B, L, caption_channels] and `mask` [B, L] bool."""
-
-    hidden: Tensor
-    mask: Tensor
 
 
 class UniLIPModel(ImageCodec):
@@ -57,6 +51,19 @@ class UniLIPModel(ImageCodec):
         self.projector = nn.Linear(H, config.dit.caption_channels)
         self.dit = SanaTransformer(config.dit)
         self.vae_decoder = PixelDecoder(config.decoder, H)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; parts of it may wait elsewhere while they do not run."""
+        return self.latent_queries.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What all but the decoder computes in."""
+        return self.latent_queries.dtype
+
+    def null_condition(self) -> None:
+        """The condition of no prompt is that of the null prompt: no constant."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -91,7 +98,7 @@ class UniLIPModel(ImageCodec):
             ValueError: a damaged file, other keys or shapes than the model's, or a weight that is
                 NaN or infinite.
         """
-        return load_model(cls, directory, dtype=dtype, device=device)
+        return load_model(cls, directory, FORMAT, dtype=dtype, device=device)
 
     def embed_prompt(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
         """Token embeddings [B, T, H] with the image features written at the image positions.

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from clipflow.models.dits.sana import SanaConfig
+from clipflow.models.folders.fields import Fields, shown
+from clipflow.models.folders.shapes import Shapes
 from clipflow.models.unilip.config import (
     DecoderConfig,
     TextConfig,
@@ -17,10 +19,9 @@ from clipflow.models.unilip.config import (
     UniLIPConfig,
     VisionConfig,
 )
-from clipflow.models.unilip.published_fields import Fields, shown
+from clipflow.models.unilip.published_fields import SCHEMA
 from clipflow.models.unilip.published_shapes import (
     VISION_HEADS,
-    Shapes,
     decoder_config,
     dit_config,
     vision_config,
@@ -73,7 +74,7 @@ def config_from_published(values: Mapping, shapes: Mapping[str, tuple[int, ...]]
         ValueError: one line: an unknown field, a value of a wrong type or one that contradicts the
             weights, or a tensor that tells a size is missing.
     """
-    fields, tensors = Fields(values), Shapes(shapes)
+    fields, tensors = Fields(values, SCHEMA), Shapes(shapes, SCHEMA.family)
     fields.fixed("vision_feature_layer", -1)
     fields.fixed("vision_feature_select_strategy", "default")
     fields.fixed("projector_hidden_act", "gelu")
@@ -236,7 +237,7 @@ def _config(text: TextConfig, dit: SanaConfig, factor: float) -> UniLIPConfig:
             layers_per_block=(3,) * 6,
             qkv_multiscales=((), (), (), (5,), (5,), (5,)),
         ),
-        tokens=_tokens(Fields({}), text.vocab_size),
+        tokens=_tokens(Fields({}, SCHEMA), text.vocab_size),
         n_query=256,
         connect_layer=6,
         unilip_factor=factor,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from clipflow.errors import InputError
-from clipflow.models.unilip.checkpoint import check_shapes, listed
-from clipflow.models.unilip.conversion import (
+from clipflow.models.folders.checkpoint import check_shapes, listed
+from clipflow.models.folders.conversion import (
     MAX_SHARD_BYTES,
     Checkpoint,
     check_output,
@@ -22,11 +22,13 @@ from clipflow.models.unilip.conversion import (
     open_checkpoint,
     write_model_folder,
 )
+from clipflow.models.folders.loading import load_config
+from clipflow.models.folders.shapes import Shapes
 from clipflow.models.unilip.image_codec import PARTS, ImageTokenizer, TokenizerConfig
 from clipflow.models.unilip.keys import own_name
-from clipflow.models.unilip.loading import load_config
+from clipflow.models.unilip.loading import FORMAT
 from clipflow.models.unilip.published import IMAGENET_MEAN, IMAGENET_STD
-from clipflow.models.unilip.published_shapes import Shapes, decoder_config, vision_config
+from clipflow.models.unilip.published_shapes import decoder_config, vision_config
 
 # (prefix in the file, our prefix); they exclude each other.
 PREFIXES = (
@@ -103,7 +105,7 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> TokenizerConfig
     Raises:
         ValueError: a tensor that tells a size is missing, or the vision tower's width is unknown.
     """
-    tensors = Shapes(shapes)
+    tensors = Shapes(shapes, "UniLIP")
     vision = vision_config(tensors)
     return TokenizerConfig(
         vision=vision,
@@ -175,7 +177,7 @@ def _replace_parts(
     base: Path, tokenizer: TokenizerTensors, out: Path, *, max_shard_bytes: int, progress: bool
 ) -> None:
     try:
-        load_config(base)
+        load_config(base, FORMAT)
         whole = open_checkpoint(base)
         owns = {name: own_name(name) for name in whole.specs}
         replaced = {name: own for name, own in owns.items() if own.split(".")[0] in PARTS}

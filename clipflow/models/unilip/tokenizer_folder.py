@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from clipflow.models.unilip.checkpoint import open_weights, read_config, save_folder
+from clipflow.models.folders.checkpoint import open_weights, read_config, save_folder
+from clipflow.models.folders.loading import empty_model, read_weights
 from clipflow.models.unilip.image_codec import MODEL_TYPE, PARTS, ImageTokenizer, TokenizerConfig
 from clipflow.models.unilip.keys import map_names
-from clipflow.models.unilip.loading import empty_model, read_unilip_config, read_weights
+from clipflow.models.unilip.loading import WIDE, read_unilip_config, sizes
 
 
 def is_tokenizer_folder(directory: Path) -> bool:
@@ -55,6 +56,6 @@ def load_image_tokenizer(
         config = TokenizerConfig.of_model(read_unilip_config(values, shapes))
         names = {own: found for own, found in names.items() if own.split(".")[0] in PARTS}
         shapes = {own: shapes[own] for own in names}
-    model = empty_model(ImageTokenizer, config, shapes, str(directory))
-    read_weights(model, weights, names, str(directory), dtype=dtype, device=device)
+    model = empty_model(ImageTokenizer, config, shapes, str(directory), sizes)
+    read_weights(model, weights, names, str(directory), dtype=dtype, device=device, wide=WIDE)
     return model.eval()

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from clipflow.errors import InputError
-from clipflow.models.unilip.checkpoint import (
+from clipflow.models.folders.checkpoint import (
     CONFIG_FILE,
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -32,8 +32,8 @@ from clipflow.models.unilip.checkpoint import (
     write_json,
     write_shards,
 )
-from clipflow.models.unilip.pickle_files import read_pickle
-from clipflow.models.unilip.safetensors_files import (
+from clipflow.models.folders.pickle_files import read_pickle
+from clipflow.models.folders.safetensors_files import (
     DTYPES,
     MAPPED_BYTES,
     PassingReader,

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from clipflow.errors import InputError
-from clipflow.models.unilip.checkpoint import listed
-from clipflow.models.unilip.safetensors_files import DTYPES
+from clipflow.models.folders.checkpoint import listed
+from clipflow.models.folders.safetensors_files import DTYPES
 from clipflow.sampling.memory import require_bytes
 
 # Where trainers put the weights, beside an optimizer and counters.

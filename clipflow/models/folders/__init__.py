@@ -1,0 +1,1 @@
+"""Folders of models, whatever the family: files, published fields, loading, conversion."""
