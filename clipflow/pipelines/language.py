@@ -13,7 +13,7 @@ from clipflow.pipelines.conversation import Conversation, Messages, conversation
 from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.offload import LANGUAGE
 from clipflow.pipelines.parts import PipelineParts
-from clipflow.pipelines.prompts import LABEL_QUESTION, check_text
+from clipflow.pipelines.prompts import LABEL_QUESTION
 from clipflow.pipelines.understanding import label_log_likelihoods, label_trees
 
 Text = str | list[str] | Iterator[str]
@@ -75,7 +75,7 @@ class LanguageCalls(PipelineParts):
             SamplingError: the model made a logit that is not finite.
         """
         self.family.require("chat", self.model)
-        conversations, several = conversations_of(messages)
+        conversations, several = conversations_of(messages, self.prompts.check)
         choice = self._choice(max_new_tokens, temperature, top_p, top_k, stop, generator)
         if stream and several:
             raise InputError(
@@ -120,7 +120,7 @@ class LanguageCalls(PipelineParts):
         self.family.require("ask", self.model)
         images, questions = paired(listed(image), listed(question))
         conversations = [
-            Conversation.of_question(one, check_text("question", text))
+            Conversation.of_question(one, self.prompts.check("question", text))
             for one, text in zip(images, questions, strict=True)
         ]
         choice = self._choice(max_new_tokens, temperature, top_p, top_k, stop, generator)
@@ -158,8 +158,8 @@ class LanguageCalls(PipelineParts):
         if isinstance(labels, str) or not labels:
             raise InputError(f"labels must be a list of at least one text, got {labels!r}")
         stop = self.reader.end_of_turn
-        ids = [[*self.prompts.ids(check_text("label", text)), stop] for text in labels]
-        check_text("question", question)
+        ids = [[*self.prompts.ids(self.prompts.check("label", text)), stop] for text in labels]
+        self.prompts.check("question", question)
         trees = label_trees(ids)
         room = max(len(tree.tokens) for tree in trees)
         images = listed(image)

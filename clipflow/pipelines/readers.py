@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from clipflow.models.unilip.reading import Reading
+from clipflow.models.language.reading import Reading
 from clipflow.pipelines.arguments import positive
 from clipflow.pipelines.conditions import ConditionCache
 from clipflow.pipelines.conversation import Conversation

@@ -19,7 +19,9 @@ class Buffers:
         normed: its modulated norm, [R, N, D].
         branch: what a branch adds to the stream, [R, N, D].
         velocity: of the latents, [R, C, N].
-        shared_wide: what packed projections give: q, k and v; both halves of the feed-forward.
+        shared_wide: what packed projections give: q, k and v, and behind them normed q and k;
+            cross-attention's queries, and behind them the normed ones; both halves of the
+            feed-forward.
         shared_middle: what is made of that: mixed values; the gated half of the feed-forward.
     """
 
@@ -68,6 +70,13 @@ class Buffers:
     def wide(self, width: int) -> Tensor:
         """The shared buffer as [R * N, width]."""
         return self._shared(self.shared_wide, width)
+
+    def behind(self, width: int, *widths: int) -> list[Tensor]:
+        """The places behind [R * N, `width`] in that buffer, [R * N, w] of each w in `widths`."""
+        tokens = self.hidden.shape[0] * self.hidden.shape[1]
+        free = self.shared_wide.flatten()[tokens * width : tokens * (width + sum(widths))]
+        parts = free.split([tokens * w for w in widths])
+        return [part.view(tokens, w) for part, w in zip(parts, widths, strict=True)]
 
     def middle(self, width: int) -> Tensor:
         """The other shared buffer as [R * N, width]."""

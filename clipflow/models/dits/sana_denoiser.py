@@ -11,7 +11,7 @@ modulations) is computed for all steps at once; everything that depends on the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -22,37 +22,15 @@ from clipflow import ops
 from clipflow.models.dits.buffers import Buffers
 from clipflow.models.dits.condition_keys import RowKeys
 from clipflow.models.dits.linears import Linear, LinearLike, Operand, tokens_of
+from clipflow.models.dits.sana_weights import BlockWeights, Norms, norm_heads
 from clipflow.nn.cross_attention import CrossAttention
 from clipflow.nn.glu_mbconv import GLUMBConv
 from clipflow.nn.linear_attention import ReLULinearAttention
-from clipflow.nn.packing import packed
 from clipflow.nn.plain_modules import check_plain
 from clipflow.sampling.plan import PlanSpec
 
 if TYPE_CHECKING:
-    from clipflow.models.dits.sana import SanaBlock, SanaTransformer
-
-
-class BlockWeights:
-    """The matrices of one block; those that multiply the same tokens are packed."""
-
-    def __init__(
-        self, block: SanaBlock, linear: Callable[[Tensor, Tensor | None], LinearLike]
-    ) -> None:
-        own, cross, ff = block.attn1, block.attn2, block.ff
-        self.qkv = linear(packed([own.to_q.weight, own.to_k.weight, own.to_v.weight]), None)
-        self.own_out = linear(own.to_out[0].weight, own.to_out[0].bias)
-        self.query = linear(cross.to_q.weight, cross.to_q.bias)
-        self.cross_out = linear(cross.to_out[0].weight, cross.to_out[0].bias)
-        self.inverted = linear(ff.conv_inverted.weight, ff.conv_inverted.bias)
-        self.depth = (ff.conv_depth.weight.detach(), ff.conv_depth.bias.detach())
-        self.point = linear(ff.conv_point.weight, None)
-        # Keys and values are computed once per condition: always in full precision.
-        self.key_value = Linear(
-            packed([cross.to_k.weight, cross.to_v.weight]),
-            packed([cross.to_k.bias, cross.to_v.bias]),
-        )
-        self.tables = block.scale_shift_table.detach()
+    from clipflow.models.dits.sana import SanaTransformer
 
 
 @dataclass
@@ -213,8 +191,12 @@ class SanaDenoiser:
         R, N, D = hidden.shape
         heads = self.dit.config.num_attention_heads
         qkv = block.qkv(tokens_of(normed), buffers.wide(3 * D)).view(R, N, 3, heads, D // heads)
+        q, k, v = qkv.unbind(2)
+        if block.own_norms is not None:
+            out = (part.view(q.shape) for part in buffers.behind(3 * D, D, D))
+            q, k = norm_heads(q, k, block.own_norms, tuple(out))
         mixed = buffers.middle(D)
-        ops.linear_attention(*qkv.unbind(2), out=mixed.view(R, N, heads, D // heads))
+        ops.linear_attention(q, k, v, out=mixed.view(R, N, heads, D // heads))
         branch = block.own_out(mixed, tokens_of(buffers.branch))
         hidden.addcmul_(gate, branch.view(R, N, D))
 
@@ -223,8 +205,19 @@ class SanaDenoiser:
         R, N, D = hidden.shape
         heads = self.dit.config.num_cross_attention_heads
         query = block.query(tokens_of(hidden), buffers.wide(D)).view(R, N, heads, D // heads)
+        if block.cross_norms is not None:
+            query = self._normed_query(query, block.cross_norms, buffers)
         for rows, mixed in self.keys.attend(number, query):
             block.cross_out(mixed.view(-1, D), tokens_of(buffers.branch[rows]))
+
+    def _normed_query(self, query: Tensor, norms: Norms, buffers: Buffers) -> Tensor:
+        D = query.shape[2] * query.shape[3]
+        (out,) = buffers.behind(D, D)
+        no_keys = query[:, :0]
+        normed, _ = norm_heads(
+            query, no_keys, norms, (out.view(query.shape), torch.empty_like(no_keys))
+        )
+        return normed
 
     def _feed_forward(self, block: BlockWeights, normed: Operand, buffers: Buffers) -> None:
         R, N, _ = buffers.branch.shape
@@ -254,7 +247,7 @@ def planned_classes() -> tuple[type[nn.Module], ...]:
     from clipflow.models.dits.sana import SanaBlock
 
     own = (SanaBlock, ReLULinearAttention, CrossAttention, GLUMBConv)
-    return (*own, nn.ModuleList, nn.ModuleDict, nn.Linear, nn.Conv2d)
+    return (*own, nn.ModuleList, nn.ModuleDict, nn.Linear, nn.Conv2d, nn.RMSNorm)
 
 
 def plan_bytes(dit: SanaTransformer, spec: PlanSpec) -> int:
@@ -275,7 +268,7 @@ def _buffers(dit: SanaTransformer, spec: PlanSpec) -> Buffers:
         spec.rows,
         spec.tokens,
         D,
-        wide=max(3 * D, 2 * M),
+        wide=max((3 if dit.config.qk_norm == "none" else 5) * D, 2 * M),
         middle=max(D, M),
         out_channels=dit.config.out_channels,
         dtype=spec.dtype,

@@ -71,6 +71,11 @@ class UniLIPModel(ImageCodec):
         side = self.config.latent_side
         return (self.config.decoder.latent_channels, side, side)
 
+    @property
+    def image_token(self) -> int:
+        """Id of the token that stands where image features go."""
+        return self.config.tokens.img_context
+
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "2GB") -> None:
         """Write config.json and safetensors; see `checkpoint.save_folder` for what it promises."""
         checkpoint.save_folder(

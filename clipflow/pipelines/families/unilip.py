@@ -20,10 +20,10 @@ from clipflow.pipelines.memory_estimate import CallShape, MemoryEstimate, unilip
 from clipflow.pipelines.offload import DECODER, LANGUAGE
 from clipflow.pipelines.options import Generators, PictureSize, SamplingOptions
 from clipflow.pipelines.output import Pictures
-from clipflow.pipelines.prompts import Prompts
 from clipflow.pipelines.readers import TileReader
 from clipflow.pipelines.reconstruction import Canvas
 from clipflow.pipelines.tokenizer_files import check_tokenizer
+from clipflow.pipelines.unilip_prompts import UniLIPPrompts
 
 if TYPE_CHECKING:
     from clipflow.pipelines.parts import PipelineParts
@@ -77,8 +77,8 @@ class UniLIP(Family):
         optional = {"</img>": tokens.img_end, "<|im_end|>": tokens.im_end}
         check_tokenizer(tokenizer, wanted, optional, config.text.vocab_size, folder)
 
-    def prompts(self, tokenizer: PreTrainedTokenizerBase, config: UniLIPConfig) -> Prompts:
-        return Prompts(tokenizer, config)
+    def prompts(self, tokenizer: PreTrainedTokenizerBase, config: UniLIPConfig) -> UniLIPPrompts:
+        return UniLIPPrompts(tokenizer, config)
 
     def reader(self, pipeline: PipelineParts) -> TileReader:
         return TileReader(pipeline)
@@ -100,7 +100,8 @@ class UniLIP(Family):
         generator: Generators,
     ) -> Tensor:
         model = pipeline.model
-        return model.decode(latents.float() / model.config.unilip_factor)
+        with pipeline.offload.running(DECODER):
+            return model.decode(latents.float() / model.config.unilip_factor)
 
     def reconstruct(
         self,
