@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,11 +21,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipflow.errors import InputError
 from clipflow.models.language.positions import Grid
 from clipflow.pipelines.image_processor import FILE_NAME, ImageProcessor
+from clipflow.pipelines.picture_sets import PictureSet
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLImageProcessorPil
@@ -151,6 +153,22 @@ class QwenImageProcessor(ImageProcessor):
         )
         return read["pixel_values"].to(torch.float32), read["image_grid_thw"]
 
+    def within(self, max_pixels: int | None) -> QwenImageProcessor:
+        """The same for pictures of at most `max_pixels`, if given.
+
+        Raises:
+            InputError: that is less than a token.
+        """
+        if max_pixels is None:
+            return self
+        least = (self.patch_size * self.merge_size) ** 2
+        if type(max_pixels) is not int or max_pixels < least:
+            raise InputError(
+                f"max_pixels must be a whole number of at least {least}, got {max_pixels!r}"
+            )
+        fewer = min(self.min_pixels, max_pixels)
+        return dataclasses.replace(self, min_pixels=fewer, max_pixels=max_pixels)
+
     def _check_pixels(self, path: Path) -> None:
         least, most = self.min_pixels, self.max_pixels
         if not all(type(value) is int for value in (least, most)) or not 0 < least <= most:
@@ -158,6 +176,31 @@ class QwenImageProcessor(ImageProcessor):
                 f"{path}: min_pixels and max_pixels must be whole numbers from 1 on in this "
                 f"order, got {least!r} and {most!r}"
             )
+
+
+class WholeSet(PictureSet):
+    """Pictures at their own shape; the size of one is how many tokens it has.
+
+    One at a time is seen: a feature's bits do not depend on the pictures beside it.
+    """
+
+    processor: QwenImageProcessor
+    at_once = 1
+
+    @property
+    def grids(self) -> list[Grid]:
+        return [self.processor.grid(picture) for picture in self.pictures]
+
+    def cut(self, image: Image.Image) -> list[Image.Image]:
+        return [image]
+
+    def size(self, places: Sequence[int]) -> int:
+        return sum(math.prod(self.processor.grid(self.pictures[place])) for place in places)
+
+    def features(self, model: nn.Module, places: Sequence[int]) -> Sequence[Tensor]:
+        return [
+            model.encode_patches(*self.processor.patches(self.pictures[place])) for place in places
+        ]
 
 
 def _pixels(values: Mapping) -> tuple[int, int]:
