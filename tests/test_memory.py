@@ -14,8 +14,8 @@ from tiny_pipeline import tiny_pipeline
 from clipflow import CLIPFlowPipeline
 from clipflow.cli.main import main
 from clipflow.errors import InputError, NotEnoughMemory
-from clipflow.models.unilip import pixel_decoder
-from clipflow.models.unilip.decoder_memory import decode_bytes
+from clipflow.models.dc_ae import decoder as dc_ae_decoder
+from clipflow.models.dc_ae.memory import decode_bytes
 from clipflow.pipelines import offload as offloading
 from clipflow.pipelines import placement
 from clipflow.pipelines.families.unilip import FAMILY
@@ -183,11 +183,11 @@ def test_decoding_takes_smaller_parts_before_it_is_refused(pipe, monkeypatch):
         for rows, tile in [(3, None), (1, None), (1, 64)]:
             needed = decode_bytes(whole, 16, 16, rows, tile_size=tile)
             needed += (3 - rows) * 3 * 128 * 128 * 4
-            for module in (memory, pixel_decoder):
+            for module in (memory, dc_ae_decoder):
                 monkeypatch.setattr(module, "available_bytes", lambda device, n=needed: n)
             assert decoder._parts(latents) == (rows, tile)
             torch.testing.assert_close(decoder.decode(latents), wanted, atol=1e-4, rtol=1e-4)
-        for module in (memory, pixel_decoder):
+        for module in (memory, dc_ae_decoder):
             monkeypatch.setattr(module, "available_bytes", lambda device: 2**20)
         monkeypatch.setattr(decoder, "_draw_tiled", lambda *_: pytest.fail("allocated"))
         with pytest.raises(NotEnoughMemory, match="drawing 3 pictures of 128 x 128 pixels needs"):

@@ -12,16 +12,16 @@ modulations) is computed for all steps at once; everything that depends on the c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from clipflow import ops
-from clipflow.models.dits.condition_keys import ConditionKeys
+from clipflow.models.dits.buffers import Buffers
+from clipflow.models.dits.condition_keys import RowKeys
 from clipflow.models.dits.linears import Linear, LinearLike, Operand, tokens_of
-from clipflow.models.dits.sana_buffers import Buffers, Stream
 from clipflow.models.dits.sana_weights import BlockWeights, Norms, norm_heads
 from clipflow.nn.cross_attention import CrossAttention
 from clipflow.nn.glu_mbconv import GLUMBConv
@@ -31,6 +31,27 @@ from clipflow.sampling.plan import PlanSpec
 
 if TYPE_CHECKING:
     from clipflow.models.dits.sana import SanaTransformer
+
+
+@dataclass
+class Stream:
+    """One evaluation on its way through the blocks.
+
+    Attributes:
+        hidden: the residual stream, [R, N, D], written in place.
+        normed: its modulated norm, for the block that is next or the output.
+        modulation: shifts, scales and gates without the blocks' tables, six of [R, D].
+        after: (shift, scale, table) of the norm before each block, and of the output's.
+        gates: of all blocks, [blocks, 2, D].
+        buffers: of R rows.
+    """
+
+    hidden: Tensor
+    normed: Operand
+    modulation: list[Tensor]
+    after: list[tuple[Tensor, Tensor, Tensor]]
+    gates: Tensor
+    buffers: Buffers
 
 
 class SanaDenoiser:
@@ -59,16 +80,15 @@ class SanaDenoiser:
                 t.nbytes for t in (self.modulation, self.embedding, self.gates)
             ),
             "position table": self.place.nbytes,
-            "keys and values of the conditions": sum(keys.nbytes for keys in self.keys),
+            "keys and values of the conditions": self.keys.nbytes,
             "activations": self.buffers.nbytes,
         }
 
     @torch.no_grad()
     def set_condition(self, null: Sequence[Tensor], cond: Sequence[Tensor]) -> None:
         weights = [block.key_value for block in self.blocks]
-        groups = [[*null, *cond]] if len(self.keys) == 1 else [null, cond]
-        for keys, tensors in zip(self.keys, groups, strict=True):
-            keys.set(tensors, self.dit.embed_condition, weights)
+        for keys, tensors in self.keys.groups_of(null, cond):
+            keys.set(tensors, lambda tokens, _: self.dit.embed_condition(tokens), weights)
 
     @torch.no_grad()
     def velocity(self, rows: Tensor, index: int) -> Tensor:
@@ -183,28 +203,21 @@ class SanaDenoiser:
     def _cross_attention(self, number: int, hidden: Tensor, buffers: Buffers) -> None:
         block = self.blocks[number]
         R, N, D = hidden.shape
-        query = block.query(tokens_of(hidden), buffers.wide(D)).view(R, N, D)
+        heads = self.dit.config.num_cross_attention_heads
+        query = block.query(tokens_of(hidden), buffers.wide(D)).view(R, N, heads, D // heads)
         if block.cross_norms is not None:
             query = self._normed_query(query, block.cross_norms, buffers)
-        branch = tokens_of(buffers.branch)
-        B = self.spec.samples
-        if len(self.keys) == 1:
-            keys = self.keys[0]
-            mixed = keys.attend(number, query, keys.count * R // self.spec.rows)
-            block.cross_out(mixed.view(R * N, D), branch)
-            return
-        # Null rows come first, and are left out of evaluations without guidance.
-        for half, keys in enumerate(self.keys[-(R // B) :]):
-            mixed = keys.attend(number, query[half * B : (half + 1) * B])
-            block.cross_out(mixed.view(B * N, D), branch[half * B * N : (half + 1) * B * N])
+        for rows, mixed in self.keys.attend(number, query):
+            block.cross_out(mixed.view(-1, D), tokens_of(buffers.branch[rows]))
 
     def _normed_query(self, query: Tensor, norms: Norms, buffers: Buffers) -> Tensor:
-        R, N, D = query.shape
-        q = query.view(R, N, self.dit.config.num_cross_attention_heads, -1)
+        D = query.shape[2] * query.shape[3]
         (out,) = buffers.behind(D, D)
-        no_keys = q[:, :0]
-        q, _ = norm_heads(q, no_keys, norms, (out.view(q.shape), torch.empty_like(no_keys)))
-        return q.view(R, N, D)
+        no_keys = query[:, :0]
+        normed, _ = norm_heads(
+            query, no_keys, norms, (out.view(query.shape), torch.empty_like(no_keys))
+        )
+        return normed
 
     def _feed_forward(self, block: BlockWeights, normed: Operand, buffers: Buffers) -> None:
         R, N, _ = buffers.branch.shape
@@ -245,43 +258,28 @@ def plan_bytes(dit: SanaTransformer, spec: PlanSpec) -> int:
     keys = _condition_keys(dit, sketch)
     numbers = len(spec.table) * (7 + 2 * len(blocks)) * D + spec.tokens * D
     if spec.step_cache is not None:
-        numbers += spec.step_cache.elements(spec, D)
-    return buffers.nbytes + sum(k.nbytes for k in keys) + numbers * spec.dtype.itemsize
+        numbers += spec.step_cache.elements(spec, spec.rows * spec.tokens * D)
+    return buffers.nbytes + keys.nbytes + numbers * spec.dtype.itemsize
 
 
 def _buffers(dit: SanaTransformer, spec: PlanSpec) -> Buffers:
+    D, M = dit.config.hidden_size, len(dit.transformer_blocks[0].ff.conv_depth.bias) // 2
     return Buffers.empty(
         spec.rows,
         spec.tokens,
-        dit.config.hidden_size,
-        len(dit.transformer_blocks[0].ff.conv_depth.bias) // 2,
-        dit.config.out_channels,
-        qk_norm=dit.config.qk_norm != "none",
+        D,
+        wide=max((3 if dit.config.qk_norm == "none" else 5) * D, 2 * M),
+        middle=max(D, M),
+        out_channels=dit.config.out_channels,
         dtype=spec.dtype,
         device=spec.device,
     )
 
 
-def _condition_keys(dit: SanaTransformer, spec: PlanSpec) -> list[ConditionKeys]:
-    """One for all rows, or one for the null rows and one for the others."""
-    null, cond = spec.conditions
-    groups = [null + cond] if not spec.guided or attend_together(spec) else [null, cond]
-    return [
-        ConditionKeys(
-            len(dit.transformer_blocks),
-            count,
-            heads=dit.config.num_cross_attention_heads,
-            channels=dit.config.hidden_size,
-            spec=spec,
-        )
-        for count in groups
-    ]
-
-
-def attend_together(spec: PlanSpec) -> bool:
-    """Whether null and cond rows go through one attention kernel.
-
-    That saves a GPU launches. A CPU does better without: null prompts are shorter, and each half of
-    equal lengths needs no mask.
-    """
-    return spec.device.type == "cuda" and spec.conditions[0] == spec.conditions[1]
+def _condition_keys(dit: SanaTransformer, spec: PlanSpec) -> RowKeys:
+    return RowKeys(
+        spec,
+        blocks=len(dit.transformer_blocks),
+        heads=dit.config.num_cross_attention_heads,
+        channels=dit.config.hidden_size,
+    )

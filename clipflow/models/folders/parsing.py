@@ -14,8 +14,8 @@ T = TypeVar("T")
 def build(cls: type[T], values: object, where: str) -> T:
     """An instance of the dataclass `cls` from the JSON object `values`; lists become tuples.
 
-    Fields may be int, float, bool, str, tuples of these, dataclasses, and any of these or None; one
-    with a default may be missing.
+    Fields may be int, float, bool, str, tuples of these, dataclasses, and any of these or None;
+    one with a default may be missing.
 
     Raises:
         ValueError: unknown or missing keys or values of a wrong type; one error, beginning with
