@@ -69,6 +69,11 @@ class BLIP3oModel(nn.Module):
         side = self.config.latent_side
         return (self.config.dit.in_channels, side, side)
 
+    @property
+    def image_token(self) -> int:
+        """Id of the token that stands where image features go."""
+        return self.config.tokens.image_pad
+
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "2GB") -> None:
         """Write config.json and safetensors; see `checkpoint.save_folder` for what it promises."""
         checkpoint.save_folder(
