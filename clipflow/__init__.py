@@ -12,6 +12,7 @@ _EXPORTS = {
     "Acceleration": "clipflow.acceleration",
     "AccelerationError": "clipflow.errors",
     "CLIPFlowPipeline": "clipflow.pipelines",
+    "FeatureDecoding": "clipflow.pipelines",
     "FirstBlockCache": "clipflow.sampling",
     "TaylorForecast": "clipflow.sampling",
     "UniLIPTokenizer": "clipflow.pipelines",

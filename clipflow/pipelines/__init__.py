@@ -8,10 +8,11 @@ import importlib
 _EXPORTS = {
     "CLIPFlowPipeline": "clipflow.pipelines.clipflow_pipeline",
     "CLIPFlowPipelineOutput": "clipflow.pipelines.output",
+    "FeatureDecoding": "clipflow.pipelines.decoding",
     "UniLIPTokenizer": "clipflow.pipelines.image_tokenizer",
 }
 
-__all__ = ["CLIPFlowPipeline", "CLIPFlowPipelineOutput", "UniLIPTokenizer"]
+__all__ = ["CLIPFlowPipeline", "CLIPFlowPipelineOutput", "FeatureDecoding", "UniLIPTokenizer"]
 
 
 def __getattr__(name: str) -> object:

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from clipflow.models.unilip.checkpoint import read_json
+from clipflow.models.folders.checkpoint import read_json
 
 # SDXL-base's noise schedule, for a folder without one: the published folder's is not known here.
 SDXL_SCHEDULER: dict[str, object] = {

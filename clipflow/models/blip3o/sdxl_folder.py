@@ -34,7 +34,7 @@ from clipflow.models.blip3o.sdxl_config import (
     check_vae,
     read_settings,
 )
-from clipflow.models.unilip.checkpoint import (
+from clipflow.models.folders.checkpoint import (
     Weights,
     check_shapes,
     listed,
@@ -44,7 +44,7 @@ from clipflow.models.unilip.checkpoint import (
     write_file,
     write_json,
 )
-from clipflow.models.unilip.loading import DTYPES, read_weights
+from clipflow.models.folders.loading import DTYPES, read_weights
 
 INDEX = "model_index.json"
 CONFIG = "config.json"

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from clipflow.errors import InputError
 from clipflow.models.folders.loading import FolderFormat
 from clipflow.models.folders.parts import Parts
+from clipflow.pipelines.decoding import FeatureDecoding
 from clipflow.pipelines.generation_defaults import GenerationDefaults
 from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.image_processor import ImageProcessor
@@ -116,6 +117,13 @@ class Family(ABC):
         reason = self.cannot(call, model)
         if reason is not None:
             raise InputError(f"{call}: {reason}")
+
+    def check_decoding(self, decoding: FeatureDecoding | None, model: nn.Module) -> None:
+        """Raise InputError where `decoding` is given and the decoder has no such options."""
+        if decoding is not None:
+            raise InputError(
+                f"decoding must not be given for this {self.name}, whose decoder takes no steps"
+            )
 
     def image_processor(self, folder: Path | None, config: Any) -> ImageProcessor:
         """What resizes and normalizes pictures to be edited or reconstructed."""

@@ -100,7 +100,8 @@ class UniLIP(Family):
         generator: Generators,
     ) -> Tensor:
         model = pipeline.model
-        return model.decode(latents.float() / model.config.unilip_factor)
+        with pipeline.offload.running(DECODER):
+            return model.decode(latents.float() / model.config.unilip_factor)
 
     def reconstruct(
         self,
