@@ -3,13 +3,8 @@
 import pytest
 import torch
 from tiny_chat import noise_picture, said, user
-from tiny_qwen import SPECIAL, qwen_tokenizer, tiny_qwen
-from transformers import (
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessorPil,
-)
+from tiny_qwen import SPECIAL, qwen_tokenizer, tiny_qwen, transformers_qwen
+from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
 from clipflow.models.language.reading import Reading
 from clipflow.pipelines.blip3o_prompts import BLIP3oPrompts
@@ -78,24 +73,7 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def theirs(model):
-    """Transformers' model with the sizes and the weights of ours."""
-    tokens = model.config.tokens
-    other = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config=model.language_model.config.to_dict(),
-            vision_config=model.visual.config.to_dict(),
-            image_token_id=tokens.image_pad,
-            video_token_id=tokens.image_start,
-            vision_start_token_id=tokens.vision_start,
-            vision_end_token_id=tokens.vision_end,
-            tie_word_embeddings=model.lm_head is None,
-        )
-    ).eval()
-    other.model.visual.load_state_dict(model.visual.state_dict())
-    other.model.language_model.load_state_dict(model.language_model.state_dict())
-    head = model.language_model.embed_tokens if model.lm_head is None else model.lm_head
-    other.lm_head.weight.data = head.weight.data
-    return other.requires_grad_(False)
+    return transformers_qwen(model)
 
 
 def processed(processor, conversations):

@@ -2,7 +2,11 @@
 
 import torch
 from tiny_chat import byte_tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from clipflow.models.blip3o import BLIP3oConfig, BLIP3oModel
 from clipflow.models.blip3o.config import MultimodalTextConfig, TokenIds, VisionConfig
@@ -103,3 +107,24 @@ def tiny_qwen(*, seed: int = 0, tied: bool = False) -> BLIP3oModel:
             for part in (attention.v_proj, attention.o_proj, layer.mlp.down_proj):
                 part.weight.normal_(std=0.2, generator=dice)
     return model.requires_grad_(False).eval()
+
+
+def transformers_qwen(model: BLIP3oModel) -> Qwen2_5_VLForConditionalGeneration:
+    """Transformers' model with the sizes and the weights of ours."""
+    tokens = model.config.tokens
+    other = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=model.language_model.config.to_dict(),
+            vision_config=model.visual.config.to_dict(),
+            image_token_id=tokens.image_pad,
+            video_token_id=tokens.image_start,  # there are no videos
+            vision_start_token_id=tokens.vision_start,
+            vision_end_token_id=tokens.vision_end,
+            tie_word_embeddings=model.lm_head is None,
+        )
+    )
+    other.model.visual.load_state_dict(model.visual.state_dict())
+    other.model.language_model.load_state_dict(model.language_model.state_dict())
+    head = model.language_model.embed_tokens if model.lm_head is None else model.lm_head
+    other.lm_head.weight.data = head.weight.data
+    return other.requires_grad_(False).eval()
