@@ -170,6 +170,18 @@ def test_a_left_padded_batch_gives_their_tokens(model, theirs, processor):
 
 
 @torch.no_grad()
+def test_logits_of_the_whole_prompts_are_theirs(model, theirs, processor):
+    inputs = processed(processor, list(CONVERSATIONS.values()))
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    *_, pictures = prepared(model, list(CONVERSATIONS.values()))
+    order = [place for places in pictures.places for place in places]
+    features = torch.cat(pictures.features(model, order))
+    found = model.logits(ids, mask, features, [pictures.grids[place] for place in order])
+    real = mask.bool()
+    near(found[real], theirs(**inputs).logits[real])
+
+
+@torch.no_grad()
 def test_rows_and_columns_of_pictures_matter(model):
     ids, mask, pictures = prepared(model, [CONVERSATIONS["a tall picture"]])
     features = pictures.features(model, [0])
