@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from clipflow.models.blip3o.config import BLIP3oConfig
 
-# Of Qwen2.5-VL, where a folder does not say.
-MIN_PIXELS, MAX_PIXELS = 56 * 56, 16384 * 28 * 28
+# Of Qwen2.5-VL, where a folder does not say; but a picture leaves half of a prompt to the words.
+MIN_TOKENS, MAX_TOKENS = 4, 16384
 STEPS = ("do_resize", "do_rescale", "do_normalize")
 
 
@@ -53,11 +53,13 @@ class QwenImageProcessor(ImageProcessor):
     patch_size: int
     temporal_patch_size: int
     merge_size: int
-    min_pixels: int = MIN_PIXELS
-    max_pixels: int = MAX_PIXELS
+    min_pixels: int
+    max_pixels: int
 
     @classmethod
     def from_config(cls, config: BLIP3oConfig) -> QwenImageProcessor:
+        token = config.vision.feature_pixels**2
+        most = max(MIN_TOKENS, min(MAX_TOKENS, config.text.max_position_embeddings // 2))
         return cls(
             size=config.image_size,
             mean=config.image_mean,
@@ -65,6 +67,8 @@ class QwenImageProcessor(ImageProcessor):
             patch_size=config.vision.patch_size,
             temporal_patch_size=config.vision.temporal_patch_size,
             merge_size=config.vision.spatial_merge_size,
+            min_pixels=MIN_TOKENS * token,
+            max_pixels=most * token,
         )
 
     @classmethod
@@ -80,14 +84,14 @@ class QwenImageProcessor(ImageProcessor):
             return own
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            least, most = _pixels(values)
+            size = values.get("size") or {}
             found = dataclasses.replace(
                 own,
                 mean=tuple(float(v) for v in values.get("image_mean", own.mean)),
                 std=tuple(float(v) for v in values.get("image_std", own.std)),
                 resample=int(values.get("resample", own.resample)),
-                min_pixels=least,
-                max_pixels=most,
+                min_pixels=values.get("min_pixels", size.get("shortest_edge", own.min_pixels)),
+                max_pixels=values.get("max_pixels", size.get("longest_edge", own.max_pixels)),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
@@ -201,15 +205,6 @@ class WholeSet(PictureSet):
         return [
             model.encode_patches(*self.processor.patches(self.pictures[place])) for place in places
         ]
-
-
-def _pixels(values: Mapping) -> tuple[int, int]:
-    """(min_pixels, max_pixels) of a file, old or new."""
-    size = values.get("size") or {}
-    return (
-        values.get("min_pixels", size.get("shortest_edge", MIN_PIXELS)),
-        values.get("max_pixels", size.get("longest_edge", MAX_PIXELS)),
-    )
 
 
 @lru_cache(maxsize=8)
