@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from clipflow.models.blip3o_next.prompts import generation_prompt
 
 from clipflow.errors import InputError, ShapeError
 from clipflow.models.blip3o_next import BLIP3oNextModel
 from clipflow.models.blip3o_next.image_tokens import TokenDraw, draw_image_tokens
-from clipflow.models.blip3o_next.prompts import generation_prompt
 from clipflow.models.language.token_sampling import TokenSampling, row_dice
 from clipflow.testing import next_config
 from clipflow.testing.random_weights import RandomWeights

@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
+from clipflow.models.blip3o_next.prompts import generation_prompt
 from safetensors.torch import load_file, save_file
 
 from clipflow.models.blip3o_next import BLIP3oNextConfig, BLIP3oNextModel
 from clipflow.models.blip3o_next.keys import map_names, skipped_names
-from clipflow.models.blip3o_next.prompts import generation_prompt
 from clipflow.models.blip3o_next.published import config_from_published
 from clipflow.pipelines.tokenizer_files import read_tokenizer
 from clipflow.testing import next_config, write_blip3o_next_folder
