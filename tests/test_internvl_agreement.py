@@ -18,8 +18,8 @@ from transformers import (
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from unilip_fixture import load_fixture
 
+from clipflow.models.language.reading import Reading
 from clipflow.models.unilip.model import _qwen2_config
-from clipflow.models.unilip.reading import Reading
 from clipflow.pipelines import CLIPFlowPipeline
 from clipflow.pipelines.conversation import conversations_of
 from clipflow.pipelines.tiling import TileSet
@@ -220,7 +220,7 @@ def prepared(pipe, conversations):
         for conversation in conversations_of(conversations)[0]
     ]
     ids, mask = pipe.prompts.rows(texts, pipe.device)
-    order = [tiles.tiles[place] for places in tiles.places for place in places]
+    order = [tiles.pictures[place] for places in tiles.places for place in places]
     return ids, mask, pipe.image_processor(order) if order else None
 
 

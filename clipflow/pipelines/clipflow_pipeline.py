@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,21 +10,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from clipflow.pipelines.arguments import broadcast, listed, paired, positive
+from clipflow.pipelines.decoding import FeatureDecoding, ImageTokenSampling
+from clipflow.pipelines.families.base import Conditions
 from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.image_processor import postprocess
 from clipflow.pipelines.language import LanguageCalls
-from clipflow.pipelines.offload import DECODER, LANGUAGE
 from clipflow.pipelines.options import (
     Generators,
     SamplingOptions,
     StepEndCallback,
     check_output_type,
     each_image,
-    picture_size,
 )
 from clipflow.pipelines.output import CLIPFlowPipelineOutput, Pictures, in_order
-from clipflow.pipelines.prompts import check_text
-from clipflow.pipelines.reconstruction import Canvas
+from clipflow.pipelines.sampler import Run
 from clipflow.sampling import StepCache
 from clipflow.sampling.plan import StepCallback
 
@@ -59,6 +57,8 @@ class CLIPFlowPipeline(LanguageCalls):
         batch_invariant: bool = False,
         tier: str | None = None,
         step_cache: StepCache | None = None,
+        decoding: FeatureDecoding | None = None,
+        image_tokens: ImageTokenSampling | None = None,
     ) -> CLIPFlowPipelineOutput | tuple[Pictures]:
         """Draw pictures.
 
@@ -66,12 +66,14 @@ class CLIPFlowPipeline(LanguageCalls):
             prompt: a text, or a list of them.
             negative_prompt: what to steer away from, one for all prompts or one for each.
             num_images_per_prompt: pictures of each prompt; they come out next to each other.
-            num_inference_steps: solver steps; the model's default (20) when not given.
-            guidance_scale: 1 is no guidance; the model's default (UniLIP: 4.5) when not given. One
-                for all, or a list with one for each prompt or each picture.
+            num_inference_steps: solver steps; the model's default (UniLIP: 20, BLIP3-o: 30) when
+                not given.
+            guidance_scale: 1 is no guidance; the model's default (UniLIP: 4.5, BLIP3-o: 3) when
+                not given. One for all, or a list with one for each prompt or each picture.
             guidance_interval: (start, end), fractions of the steps; guidance is off outside, which
                 halves the work there.
-            solver: "dpmpp_2m" (default), "euler" or "heun" (two model calls a step).
+            solver: "dpmpp_2m" (UniLIP's default), "euler" (BLIP3-o's) or "heun" (two model calls a
+                step).
             height, width: in pixels, multiples of the decoder's factor; the model's native size
                 when neither is given. One for all or a list, as `guidance_scale`.
             generator: one for the batch, or a list with one for each picture: then a list of
@@ -89,14 +91,18 @@ class CLIPFlowPipeline(LanguageCalls):
             tier: "faithful" or "fast"; the pipeline's own when not given.
             step_cache: a `FirstBlockCache` or `TaylorForecast`, to skip steps at some loss; the
                 steps skipped are in the output. Pictures sampled together are skipped together.
+            decoding: a `FeatureDecoding`, for models whose decoder is a diffusion model (BLIP3-o);
+                its defaults when not given.
+            image_tokens: an `ImageTokenSampling`, for models that draw image tokens (BLIP3o-NEXT).
 
         Raises:
             InputError: an empty prompt, or an option that cannot be.
             NotEnoughMemory: the pictures do not fit into memory together.
             SamplingError: the model made a latent that is not finite.
         """
-        prompts = [check_text("prompt", text) for text in listed(prompt)]
-        negatives = broadcast("negative_prompt", negative_prompt, len(prompts))
+        self.family.require("__call__", self.model)
+        prompts = [self.prompts.check("prompt", text) for text in listed(prompt)]
+        negatives = broadcast("negative_prompt", negative_prompt, len(prompts), self.prompts.check)
         options = self._options(
             len(prompts),
             num_images_per_prompt,
@@ -114,10 +120,11 @@ class CLIPFlowPipeline(LanguageCalls):
             batch_invariant=batch_invariant,
             tier=tier,
             step_cache=step_cache,
+            decoding=decoding,
+            image_tokens=image_tokens,
         )
-        texts = [*prompts, *(negatives if options.guided else [])]
-        conditions = self.conditions.text_to_image(texts, one_by_one=batch_invariant)
-        pictures, skipped = self._generate(conditions, options)
+        conditions = self.family.encode(self, prompts, negatives, None, options)
+        pictures, skipped = self.pictures(conditions, options)
         return self._output(pictures, return_dict, skipped)
 
     @torch.no_grad()
@@ -143,6 +150,8 @@ class CLIPFlowPipeline(LanguageCalls):
         batch_invariant: bool = False,
         tier: str | None = None,
         step_cache: StepCache | None = None,
+        decoding: FeatureDecoding | None = None,
+        image_tokens: ImageTokenSampling | None = None,
     ) -> CLIPFlowPipelineOutput | tuple[Pictures]:
         """Redraw pictures as told.
 
@@ -157,9 +166,10 @@ class CLIPFlowPipeline(LanguageCalls):
         Raises:
             InputError: a picture that cannot be read, an empty prompt, an impossible option.
         """
+        self.family.require("edit", self.model)
         images, prompts = paired(listed(image), listed(prompt))
-        prompts = [check_text("prompt", text) for text in prompts]
-        negatives = broadcast("negative_prompt", negative_prompt, len(prompts))
+        prompts = [self.prompts.check("prompt", text) for text in prompts]
+        negatives = broadcast("negative_prompt", negative_prompt, len(prompts), self.prompts.check)
         options = self._options(
             len(prompts),
             num_images_per_prompt,
@@ -177,12 +187,12 @@ class CLIPFlowPipeline(LanguageCalls):
             batch_invariant=batch_invariant,
             tier=tier,
             step_cache=step_cache,
+            decoding=decoding,
+            image_tokens=image_tokens,
         )
         pixels = self.image_processor(images)
-        texts = [*prompts, *(negatives if options.guided else [])]
-        pixels = torch.cat([pixels] * (len(texts) // len(prompts)))
-        conditions = self.conditions.edit(pixels, texts, one_by_one=batch_invariant)
-        pictures, skipped = self._generate(conditions, options)
+        conditions = self.family.encode(self, prompts, negatives, pixels, options)
+        pictures, skipped = self.pictures(conditions, options)
         return self._output(pictures, return_dict, skipped)
 
     @torch.no_grad()
@@ -210,20 +220,10 @@ class CLIPFlowPipeline(LanguageCalls):
                 is too small to be padded.
             NotEnoughMemory: the pictures do not fit into memory at that resolution.
         """
+        self.family.require("reconstruct", self.model)
         check_output_type(output_type)
-        images, config = listed(image), self.model.config
-        canvas = Canvas.of(resolution, config)
-        if resolution is not None:
-            canvas.require_memory(len(images), config, self.dtype, self.device)
-        pixels = canvas.pixel_values(images, self.image_processor).to(self.device, self.dtype)
-        with self.offload.running(LANGUAGE):
-            features = self.model.encode_image(pixels).float()
-        with self.offload.running(DECODER):
-            scaled = self.model.clip_down(features) * config.unilip_factor
-            if output_type == "latent":
-                return self._output(scaled, return_dict)
-            decoded = self.model.decode(scaled / config.unilip_factor)
-            return self._output(canvas.pictures(decoded, output_type), return_dict)
+        pictures = self.family.reconstruct(self, listed(image), resolution, output_type)
+        return self._output(pictures, return_dict)
 
     def _options(
         self,
@@ -236,9 +236,13 @@ class CLIPFlowPipeline(LanguageCalls):
         height: int | Sequence[int] | None,
         width: int | Sequence[int] | None,
         tier: str | None,
+        decoding: FeatureDecoding | None,
+        image_tokens: ImageTokenSampling | None,
         **others: Any,
     ) -> SamplingOptions:
         """Checked options of one call; None takes the model's default."""
+        own = {"decoding": decoding, "image_tokens": image_tokens}
+        self.family.check_own(own, self.model)
         defaults = self.defaults
         count = (prompts, positive("num_images_per_prompt", images_per_prompt))
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
@@ -249,35 +253,51 @@ class CLIPFlowPipeline(LanguageCalls):
         return SamplingOptions(
             num_inference_steps=steps,
             guidance_scales=each_image("guidance_scale", scale, *count),
-            sizes=tuple(picture_size(*pair, self.model.config) for pair in sides),
+            sizes=tuple(self.family.picture_size(*pair, self.model.config) for pair in sides),
             solver=defaults.solver if solver is None else solver,
             tier=self.tier if tier is None else tier,
+            **own,
             **others,
         )
 
-    def _generate(
-        self, conditions: Sequence[Tensor], options: SamplingOptions
+    def sampling_options(
+        self, pictures: int, *, generator: Generators, output_type: str
+    ) -> SamplingOptions:
+        """Of a call for `pictures` that leaves everything else at the model's defaults."""
+        nothing = dict.fromkeys(
+            ("num_inference_steps", "guidance_scale", "solver", "height", "width", "latents",
+             "callback", "tier", "step_cache", "decoding", "image_tokens")
+        )  # fmt: skip
+        return self._options(
+            pictures,
+            1,
+            **nothing,
+            guidance_interval=(0.0, 1.0),
+            generator=generator,
+            output_type=output_type,
+            output_resolution="model",
+            batch_invariant=False,
+        )
+
+    def pictures(
+        self, conditions: Conditions, options: SamplingOptions
     ) -> tuple[Pictures, tuple[tuple[int, ...], ...]]:
-        """Sample the pictures of each prompt's condition; null conditions follow, if guided.
+        """Sample a picture of each condition, and draw them.
 
         Returns:
             The pictures, and the skipped steps of each; none without a step cache.
         """
-        prompts = len(conditions) // (2 if options.guided else 1)
-        each = options.images // prompts
-        rows = [condition for condition in conditions for _ in range(each)]
-        cond, null = rows[: options.images], rows[options.images :]
         dtype = getattr(torch, self.model.config.noise_dtype)
-        noise = options.noise(self.model.config.decoder.latent_channels, self.device, dtype)
+        noise = options.noise(self.model.config.latent_channels, self.device, dtype)
         runs = self.sampler.runs(options)
         total = len(runs) * options.num_inference_steps
-        with tqdm(total=total, **self._progress_bar_config) as bar:
+        with tqdm(total=total, **self.progress) as bar:
             sampled = [
                 self.sampler.latents(
                     run,
                     torch.stack([noise[sample] for sample in run.samples]),
-                    null,
-                    cond,
+                    conditions.null,
+                    conditions.cond,
                     options,
                     callback=self._step_callback(options),
                     progress=bar.update,
@@ -290,12 +310,10 @@ class CLIPFlowPipeline(LanguageCalls):
             for sample in run.samples
         }
         resize = options.output_resolution == "model"
-        needs_decoder = options.output_type != "latent"
-        with self.offload.running(DECODER) if needs_decoder else nullcontext():
-            pictures = [
-                self._pictures(latents, options.output_type, resize=run.size.native and resize)
-                for run, (latents, _) in zip(runs, sampled, strict=True)
-            ]
+        pictures = [
+            self._pictures(latents, run, options, resize=run.size.native and resize)
+            for run, (latents, _) in zip(runs, sampled, strict=True)
+        ]
         return in_order(pictures, [run.samples for run in runs]), (
             () if options.step_cache is None else tuple(skipped[k] for k in sorted(skipped))
         )
@@ -311,12 +329,14 @@ class CLIPFlowPipeline(LanguageCalls):
 
         return after_step
 
-    def _pictures(self, latents: Tensor, output_type: str, *, resize: bool = True) -> Pictures:
-        if output_type == "latent":
+    def _pictures(
+        self, latents: Tensor, run: Run, options: SamplingOptions, *, resize: bool
+    ) -> Pictures:
+        if options.output_type == "latent":
             return latents
-        decoded = self.model.decode(latents.float() / self.model.config.unilip_factor)
+        drawn = self.family.draw(self, latents, run.size, options, options.dice(run.samples))
         size = self.model.config.output_size if resize else None
-        return postprocess(decoded, size, output_type)
+        return postprocess(drawn, size, options.output_type)
 
     @staticmethod
     def _output(

@@ -16,10 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipflow.errors import ShapeError
-from clipflow.models.unilip import UniLIPModel
 from clipflow.pipelines.offload import LANGUAGE, Offload
 from clipflow.pipelines.prompts import Prompts
 from clipflow.sampling.weights import WeightsWatch
@@ -27,15 +26,8 @@ from clipflow.sampling.weights import WeightsWatch
 Key = tuple[Hashable, ...]
 
 MAX_BYTES = 256 * 2**20
-# What a condition is computed by; the vision tower has a part in edits only.
-PARTS = (
-    "vision_tower",
-    "multi_modal_projector",
-    "language_model",
-    "latent_queries",
-    "llm_connector",
-    "projector",
-)
+# In place of a written prompt and the digest of its picture.
+NULL = (None, b"")
 
 
 @dataclass(frozen=True)
@@ -127,16 +119,17 @@ class ConditionEncoder:
 
     def __init__(
         self,
-        model: UniLIPModel,
+        model: nn.Module,
         prompts: Prompts,
-        cache: ConditionCache | None = None,
-        offload: Offload | None = None,
+        parts: Sequence[str],
+        offload: Offload,
     ) -> None:
-        """Encode for `model` what `prompts` writes; what is not given is new."""
+        """Encode for `model` what `prompts` writes; conditions depend on its children `parts`."""
         self.model = model
         self.prompts = prompts
-        self.cache = ConditionCache() if cache is None else cache
-        self._offload = Offload(model) if offload is None else offload
+        self.cache = ConditionCache()
+        self._parts = tuple(parts)
+        self._offload = offload
         self._watch = WeightsWatch(self._parameters)
         self._state = self._watch.state()  # stands for the weights as they are
 
@@ -154,12 +147,9 @@ class ConditionEncoder:
         Raises:
             InputError: a text is longer than the model can read.
         """
-        wanted = [(self.prompts.text_to_image(text), b"") for text in texts]
-
-        def encode(missing: list[int]) -> list[Tensor]:
-            return self._encode([wanted[i][0] for i in missing], None)
-
-        return self._through_cache(wanted, encode, one_by_one)
+        write = self.prompts.text_to_image
+        wanted = [None if self._is_constant(text) else write(text) for text in texts]
+        return self.written(wanted, one_by_one=one_by_one)
 
     @torch.no_grad()
     def edit(
@@ -182,36 +172,74 @@ class ConditionEncoder:
                 f"edit: pixel_values must be [{len(texts)}, 3, S, S], got "
                 f"{list(pixel_values.shape)}"
             )
+        write = self.prompts.edit
+        wanted = [None if self._is_constant(text) else write(text) for text in texts]
+        return self.written(wanted, pixel_values=pixel_values, one_by_one=one_by_one)
+
+    @torch.no_grad()
+    def written(
+        self,
+        prompts: Sequence[str | None],
+        *,
+        pixel_values: Tensor | None = None,
+        one_by_one: bool = False,
+    ) -> list[Tensor]:
+        """Conditions [L_i, C] of prompts that are written already; None is the constant null.
+
+        The other arguments are those of `edit`; without pictures, `pixel_values` is None.
+        """
+        if pixel_values is None:
+            wanted = [NULL if prompt is None else (prompt, b"") for prompt in prompts]
+
+            def encode_texts(missing: list[int]) -> list[Tensor]:
+                return self._encode([wanted[i][0] for i in missing], None)
+
+            return self._through_cache(wanted, encode_texts, one_by_one)
         digests = [_digest(picture) for picture in pixel_values]
-        written = [self.prompts.edit(text) for text in texts]
-        wanted = list(zip(written, digests, strict=True))
+        wanted = [
+            NULL if prompt is None else (prompt, digest)
+            for prompt, digest in zip(prompts, digests, strict=True)
+        ]
 
         def encode(missing: list[int]) -> list[Tensor]:
             first = {digests[i]: i for i in reversed(missing)}
             rows = {digest: row for row, digest in enumerate(first)}
-            queries = self.model.latent_queries
-            pictures = pixel_values[list(first.values())].to(queries.device, queries.dtype)
+            pictures = pixel_values[list(first.values())].to(self.model.device, self.model.dtype)
             features = self.model.encode_image(pictures)[[rows[digests[i]] for i in missing]]
-            return self._encode([written[i] for i in missing], features)
+            return self._encode([wanted[i][0] for i in missing], features)
 
         return self._through_cache(wanted, encode, one_by_one)
 
+    def constant(self, name: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, made once for the weights as they are and kept under `name`."""
+        key = (*self._weights(), name)
+        found = self.cache.get(key)
+        if found is None:
+            found = make()
+            self.cache.put(key, found)
+        return found
+
     def _through_cache(
         self,
-        wanted: list[tuple[str, bytes]],
+        wanted: list[tuple[str | None, bytes]],
         encode: Callable[[list[int]], list[Tensor]],
         one_by_one: bool,
     ) -> list[Tensor]:
         """The condition of each (written prompt, digest); `encode` those at the missing places."""
         weights = self._weights()
-        found: dict[tuple[str, bytes], Tensor] = {}
-        missing: dict[tuple[str, bytes], int] = {}
+        found: dict[tuple[str | None, bytes], Tensor] = {}
+        missing: dict[tuple[str | None, bytes], int] = {}
         for place, key in enumerate(wanted):
             if key in found or key in missing:
                 continue
             known = self.cache.get((*weights, one_by_one, *key))
-            if known is None:
+            if known is None and key == NULL:
+                found[key] = self.model.null_condition()
+                self.cache.put((*weights, one_by_one, *key), found[key])
+            elif known is None:
                 missing[key] = place
+            elif key == NULL:
+                found[key] = known
             else:
                 self.prompts.ids(key[0])  # warns of unknown words in every call
                 found[key] = known
@@ -225,16 +253,20 @@ class ConditionEncoder:
         return [found[key] for key in wanted]
 
     def _encode(self, texts: list[str], features: Tensor | None) -> list[Tensor]:
-        queries = self.model.latent_queries
-        ids, mask = self.prompts.rows(texts, queries.device)
+        ids, mask = self.prompts.rows(texts, self.model.device)
         condition = self.model.encode_condition(ids, mask, features)
         # Copies: a view would keep the rows of the whole batch.
         rows = zip(condition.hidden, condition.mask, strict=True)
         return [hidden[real] for hidden, real in rows]
 
+    def _is_constant(self, text: str | None) -> bool:
+        """Whether `text` stands for the null condition of a family in which that is a constant."""
+        blank = text is None or not text.strip()
+        return blank and self.model.null_condition() is not None
+
     def _weights(self) -> Key:
         """Names the state of the weights, and the autocast dtype; drops what older ones made."""
-        device = self.model.latent_queries.device.type
+        device = self.model.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         now = self._watch.state()
         if now is not self._state:
@@ -250,7 +282,7 @@ class ConditionEncoder:
         self._watch.accept()
 
     def _parameters(self) -> list[Tensor]:
-        parts = [getattr(self.model, name) for name in PARTS]
+        parts = [getattr(self.model, name) for name in self._parts]
         lists = [[p] if isinstance(p, Tensor) else list(p.parameters()) for p in parts]
         return self._offload.at_rest([p for parameters in lists for p in parameters])
 

@@ -4,60 +4,38 @@ Weights, plans and what the decoder keeps are counted exactly; activations of th
 the largest set of tensors that lives at once, as its layers are written.
 """
 
-# Shape suffixes: R = rows, L = positions, H = LM width, I = its feed-forward width.
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from clipflow.errors import InputError
-from clipflow.models.dits.linears import can_quantize
-from clipflow.models.dits.sana import SanaConfig, SanaTransformer
-from clipflow.models.dits.sana_quantized import quantized_bytes
-from clipflow.models.unilip.config import UniLIPConfig
-from clipflow.models.unilip.sizes import parameter_counts
-from clipflow.pipelines.activations import (
-    decode_activations,
-    decoder_kernels,
-    language_activations,
-    vision_activations,
-)
+from clipflow.models.folders.parts import count_shapes
 from clipflow.pipelines.arguments import positive
 from clipflow.pipelines.generation_defaults import GenerationDefaults
-from clipflow.pipelines.loading import read_unilip_sizes
+from clipflow.pipelines.loading import summarize_folder
 from clipflow.pipelines.model_folders import find_model
 from clipflow.pipelines.options import (
-    PictureSize,
     check_guidance,
     check_solver,
     check_steps,
     check_tier,
-    picture_size,
 )
-from clipflow.pipelines.sampler import LENGTH_STEP
-from clipflow.sampling import PlanSpec, StepCache, flow_schedule
-from clipflow.sampling.loop import SamplingLoop
+from clipflow.sampling import StepCache
 
 if TYPE_CHECKING:
-    from clipflow.pipelines.parts import UniLIPParts
+    from clipflow.pipelines.families.base import Family
+    from clipflow.pipelines.memory_calls import CallShape
+    from clipflow.pipelines.parts import PipelineParts
 
 PROMPT_TOKENS = 64
-CPU = torch.device("cpu")
-# What is shown -> the parts of `clipflow.models.unilip.sizes` that it holds.
-WEIGHTS = {
-    "vision tower": ("vision tower",),
-    "language model": ("language model", "lm_head"),
-    "connector": ("projector", "queries", "connector"),
-    "DiT": ("DiT",),
-    "decoder": ("clip_down", "decoder"),
-}
-LANGUAGE_WEIGHTS = ("vision tower", "language model", "connector")
+# What a family shows of its weights beside those of the language side.
+DIT, DECODER = "DiT", "decoder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +43,8 @@ class MemoryEstimate:
     """Bytes that a pipeline holds in one call.
 
     Attributes:
-        weights: of "vision tower", "language model", "connector" (with queries and projectors),
-            "DiT" and "decoder" (float32 always).
+        weights: of the parts that the family shows; "DiT" and "decoder" are among them, all others
+            read prompts.
         quantized_weights: of the DiT's 8-bit copies in the fast tier.
         decoder_kernels: what the decoder keeps of its weights in another form, on CPUs.
         conditions: of the prompts, kept for the next call.
@@ -93,7 +71,7 @@ class MemoryEstimate:
     @property
     def resting_weights(self) -> int:
         """Of the parts that wait on the CPU when the model is offloaded."""
-        return self.total_weights - self.weights["DiT"]
+        return self.total_weights - self.weights[DIT]
 
     @property
     def variable(self) -> int:
@@ -113,9 +91,10 @@ class MemoryEstimate:
     @property
     def peak_with_offload(self) -> int:
         """The same on the device with `enable_model_cpu_offload`."""
-        language = sum(self.weights[part] for part in LANGUAGE_WEIGHTS) + self.language
-        decode = self.weights["decoder"] + self.decode
-        return self.weights["DiT"] + self.kept + max(language, self.sampling, decode)
+        drawing = self.weights[DIT] + self.weights[DECODER]
+        language = self.total_weights - drawing + self.language
+        decode = self.weights[DECODER] + self.decode
+        return self.weights[DIT] + self.kept + max(language, self.sampling, decode)
 
     def as_dict(self) -> dict[str, object]:
         """All numbers under their names, for JSON."""
@@ -143,92 +122,15 @@ class MemoryEstimate:
         return "\n".join(f"{name:<24}{size / 2**20:>11,.1f} MiB" for name, size in rows.items())
 
 
-@dataclass(frozen=True, kw_only=True)
-class CallShape:
-    """One call, as far as memory goes.
-
-    Attributes:
-        images: pictures of the call.
-        prompts: different prompts among them.
-        size: of each picture.
-        steps, solver, guided: of sampling.
-        prompt_tokens: of the longest prompt with its template, without a picture.
-        edit: whether each prompt has a picture.
-        step_cache: how steps are skipped, if they are.
-        dtype, device, tier: of the pipeline.
-    """
-
-    images: int
-    prompts: int
-    size: PictureSize
-    steps: int
-    solver: str
-    guided: bool
-    prompt_tokens: int
-    edit: bool
-    step_cache: StepCache | None
-    dtype: torch.dtype
-    device: torch.device
-    tier: str
-
-    @property
-    def nulls(self) -> int:
-        """Different null prompts; those of edits show the pictures."""
-        return (self.prompts if self.edit else 1) if self.guided else 0
-
-    def positions(self, config: UniLIPConfig) -> int:
-        """What the language model reads of each prompt: its tokens, a picture's, the queries."""
-        picture = config.latent_side**2 if self.edit else 0
-        return self.prompt_tokens + picture + config.n_query
-
-    def spec(self, config: UniLIPConfig) -> PlanSpec:
-        """Of the plan that the call runs; on the meta device, where nothing takes memory."""
-        schedule = flow_schedule(self.steps, shift=config.flow_shift)
-        return PlanSpec(
-            sigmas=tuple(schedule.sigmas.tolist()),
-            timesteps=tuple(schedule.timesteps.tolist()),
-            solver=self.solver,
-            samples=self.images,
-            guided=self.guided,
-            latent_shape=(config.decoder.latent_channels, *self.size[:2]),
-            conditions=(self.nulls, self.prompts),
-            condition_length=-(-self.positions(config) // LENGTH_STEP) * LENGTH_STEP,
-            dtype=self.dtype,
-            device=torch.device("meta"),
-            tier=self.tier,
-            step_cache=self.step_cache,
-        )
-
-
-def weight_bytes(counts: Mapping[str, int], dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of the `WEIGHTS` of a model with `counts` parameters in each part."""
-    wide = {"decoder": torch.float32.itemsize}
+def weight_bytes(family: Family, counts: Mapping[str, int], dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of what `family` shows of a model with `counts` parameters in each part."""
     return {
-        shown: sum(counts[part] for part in parts) * wide.get(shown, dtype.itemsize)
-        for shown, parts in WEIGHTS.items()
+        shown: sum(
+            counts[part] * (torch.float32 if part in family.wide else dtype).itemsize
+            for part in parts
+        )
+        for shown, parts in family.shown_parts.items()
     }
-
-
-def estimate(config: UniLIPConfig, counts: Mapping[str, int], call: CallShape) -> MemoryEstimate:
-    """Memory of `call` for a model of `config` with `counts` parameters in each part."""
-    spec = call.spec(config)
-    dit = _without_memory(config.dit)
-    quantized = call.tier == "fast" and _multiplies_in_8_bits(call.device)
-    rows, positions = call.prompts + call.nulls, call.positions(config)
-    language = language_activations(config.text, rows, positions, call.dtype)
-    if call.edit:
-        language = max(language, vision_activations(config.vision, call.prompts, call.dtype))
-    shape = (call.images, *call.size[:2])
-    return MemoryEstimate(
-        weights=weight_bytes(counts, call.dtype),
-        quantized_weights=quantized_bytes(dit, call.device) if quantized else 0,
-        decoder_kernels=decoder_kernels(config.decoder, shape) if call.device == CPU else 0,
-        conditions=rows * positions * config.dit.caption_channels * call.dtype.itemsize,
-        plan=dit.plan_bytes(spec) + _loop_bytes(spec),
-        language=language,
-        sampling=2 * spec.rows * spec.tokens * config.dit.hidden_size * call.dtype.itemsize,
-        decode=decode_activations(config.decoder, shape, call.device),
-    )
 
 
 def folder_estimate(
@@ -268,10 +170,12 @@ def folder_estimate(
         InputError: there is no such model, its folder is broken, or an option cannot be.
     """
     folder = find_model(name)
-    config, counts = read_unilip_sizes(folder)
-    defaults = GenerationDefaults.from_folder(folder, config)
-    return estimate(config, counts, _call(
-        config, defaults, images=num_images, prompts=num_prompts, height=height, width=width,
+    summary = summarize_folder(folder)
+    family, config = summary.family, summary.config
+    defaults = family.generation_defaults(folder, config)
+    return family.estimate(config, summary.counts, _call(
+        family, config, defaults, images=num_images, prompts=num_prompts, height=height,
+        width=width,
         steps=num_inference_steps, scale=guidance_scale, solver=solver, edit=edit,
         step_cache=step_cache,
         prompt_tokens=prompt_tokens, dtype=dtype, tier=tier, device=torch.device(device),
@@ -279,7 +183,7 @@ def folder_estimate(
 
 
 def pipeline_estimate(
-    pipeline: UniLIPParts,
+    pipeline: PipelineParts,
     *,
     num_images: int = 1,
     num_prompts: int = 1,
@@ -300,9 +204,10 @@ def pipeline_estimate(
     Raises:
         InputError: an option cannot be.
     """
-    config = pipeline.model.config
-    return estimate(config, parameter_counts(pipeline.model), _call(
-        config, pipeline.defaults, images=num_images, prompts=num_prompts, height=height,
+    family, config = pipeline.family, pipeline.model.config
+    shapes = {name: p.shape for name, p in pipeline.model.named_parameters()}
+    return family.estimate(config, count_shapes(shapes, family.parts), _call(
+        family, config, pipeline.defaults, images=num_images, prompts=num_prompts, height=height,
         width=width, steps=num_inference_steps, scale=guidance_scale, solver=solver, edit=edit,
         step_cache=step_cache,
         prompt_tokens=prompt_tokens, dtype=pipeline.dtype, tier=tier or pipeline.tier,
@@ -314,13 +219,14 @@ class MemoryEstimator:
     """The method `memory_estimate`: of the class `folder_estimate`, of a pipeline its own."""
 
     def __get__(
-        self, pipeline: UniLIPParts | None, owner: type[UniLIPParts]
+        self, pipeline: PipelineParts | None, owner: type[PipelineParts]
     ) -> Callable[..., MemoryEstimate]:
         return folder_estimate if pipeline is None else partial(pipeline_estimate, pipeline)
 
 
 def _call(
-    config: UniLIPConfig,
+    family: Family,
+    config: Any,
     defaults: GenerationDefaults,
     *,
     images: int,
@@ -342,35 +248,14 @@ def _call(
     positive("prompt_tokens", others["prompt_tokens"])
     if positive("num_images", images) % positive("num_prompts", prompts):
         raise InputError(f"num_images must be a multiple of num_prompts {prompts}, got {images}")
+    from clipflow.pipelines.memory_calls import CallShape
+
     return CallShape(
         images=images,
         prompts=prompts,
-        size=picture_size(height, width, config),
+        size=family.picture_size(height, width, config),
         steps=steps,
         solver=solver,
         guided=scale != 1.0,
         **others,
     )
-
-
-@lru_cache(maxsize=1)
-def _without_memory(config: SanaConfig) -> SanaTransformer:
-    with torch.device("meta"):
-        return SanaTransformer(config)
-
-
-def _loop_bytes(spec: PlanSpec) -> int:
-    loop = SamplingLoop(
-        spec.table,
-        (spec.samples, *spec.latent_shape),
-        guided=spec.guided_evaluations,
-        latents_dtype=torch.float32,
-        model_dtype=spec.dtype,
-        device=spec.device,
-    )
-    return loop.nbytes
-
-
-def _multiplies_in_8_bits(device: torch.device) -> bool:
-    """As `can_quantize`; where no GPU can be asked, it is taken for a recent one."""
-    return (device.type == "cuda" and not torch.cuda.is_available()) or can_quantize(device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clipflow.models.unilip.config import UniLIPConfig
-from clipflow.pipelines.prompts import Prompts
+from clipflow.pipelines.unilip_prompts import UniLIPPrompts
 from clipflow.scenes import Scene, render_batch
 from clipflow.scenes.tokenizer import make_tokenizer
 
@@ -35,7 +35,7 @@ class SceneText:
     """Token rows of prompts and conversations. Calls are cached: the world has few sentences."""
 
     def __init__(self, config: UniLIPConfig) -> None:
-        self.prompts = Prompts(make_tokenizer(), config)
+        self.prompts = UniLIPPrompts(make_tokenizer(), config)
         self.pad = config.tokens.pad
         question = self.prompts.question("?")
         self._head = question[: question.index("</img>") + len("</img>")]
