@@ -19,7 +19,6 @@ import torch
 from clipflow.errors import InputError
 from clipflow.models.dits.linears import can_quantize
 from clipflow.models.dits.sana import SanaConfig, SanaTransformer
-from clipflow.models.dits.sana_quantized import quantized_bytes
 from clipflow.models.folders.parts import count_shapes
 from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.pipelines.activations import (
@@ -219,7 +218,7 @@ def unilip_estimate(
     shape = (call.images, *call.size[:2])
     return MemoryEstimate(
         weights=weight_bytes(family, counts, call.dtype),
-        quantized_weights=quantized_bytes(dit, call.device) if quantized else 0,
+        quantized_weights=dit.quantized_bytes(call.device) if quantized else 0,
         decoder_kernels=decoder_kernels(config.decoder, shape) if call.device == CPU else 0,
         conditions=rows * positions * config.dit.caption_channels * call.dtype.itemsize,
         plan=dit.plan_bytes(spec) + loop_bytes(spec),
