@@ -5,16 +5,23 @@ import json
 
 import pytest
 import torch
-from clipflow.models.blip3o_next.prompts import generation_prompt
+from diffusers import AutoencoderDC, SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3ForCausalLM
 
 from clipflow.models.blip3o_next import BLIP3oNextConfig, BLIP3oNextModel
 from clipflow.models.blip3o_next.keys import map_names, skipped_names
 from clipflow.models.blip3o_next.published import config_from_published
+from clipflow.pipelines.blip3o_next_prompts import BLIP3oNextPrompts
 from clipflow.pipelines.tokenizer_files import read_tokenizer
 from clipflow.testing import next_config, write_blip3o_next_folder
 from clipflow.testing.blip3o_next_folder import published_name, published_next_config
 
+TEXT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\nPlease generate image based on the following caption: a cat<|im_end|>\n"
+    "<|im_start|>assistant\n<im_start><S0>"
+)
 MORE = {"model.vision_tower.vision_tower.x.weight": (2, 3), "model.sana_vae.encoder.y.bias": (2,)}
 
 
@@ -65,15 +72,20 @@ def test_the_tokenizer(folder, tmp_path, form):
     """Its own template, where it has one, makes the same text; special tokens have the ids."""
     tokenizer = read_tokenizer(write_blip3o_next_folder(tmp_path / form, tokenizer=form))
     config = next_config("tiny")
-    text = generation_prompt("a cat", config.system_message, tokenizer)
-    assert text == generation_prompt("a cat", config.system_message)
+    prompts = BLIP3oNextPrompts(tokenizer, config)
+    text = prompts.text_to_image("a cat")
+    if form == "fast":
+        assert tokenizer.chat_template is not None
+    assert text == TEXT
     tokens = config.tokens
     assert tokenizer(text)["input_ids"][-2:] == [tokens.image_start, tokens.scale]
     assert tokenizer("<I0><I63><im_end>")["input_ids"] == [310, 373, tokens.image_end]
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
-    other = generation_prompt("a cat", "s", tokenizer)
-    assert other.startswith("[system] s [user] Please generate image based on")
+    other = prompts.text_to_image("a cat")
+    assert other.startswith("[system] You are a helpful assistant. [user] Please generate image")
     assert other.endswith("a cat <im_start><S0>")
+    tokenizer.chat_template = None
+    assert prompts.text_to_image("a cat") == TEXT
 
 
 def test_names():
@@ -153,3 +165,27 @@ def test_configurations_that_cannot_be(folder):
     with pytest.raises(ValueError, match="model_type must be 'clipflow_blip3o_next'"):
         BLIP3oNextConfig.from_dict(values)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "blip3o_qwen_inference"
+
+
+def test_names_and_shapes_are_those_of_the_libraries():
+    """Transformers' Qwen3 and diffusers' SANA-1.5 and DC-AE decoder, at their published sizes."""
+    config = next_config("3b")
+    with torch.device("meta"):
+        model = BLIP3oNextModel(config)
+        sana = SanaTransformer2DModel(
+            qk_norm="rms_norm_across_heads", norm_eps=1e-6, sample_size=32
+        )
+        vae = AutoencoderDC(
+            decoder_block_types=config.decoder.block_types, upsample_block_type="interpolate"
+        )
+        llm = Qwen3ForCausalLM(model.language_model.config)
+    found = {
+        **{f"model.sana.{name}": tensor for name, tensor in sana.state_dict().items()},
+        **{f"model.sana_vae.{name}": tensor for name, tensor in vae.state_dict().items()},
+        **{n: tensor for n, tensor in llm.state_dict().items() if n != "lm_head.weight"},
+    }
+    names = map_names(found)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    own = {name for name in wanted if not name.startswith("diffusion_connector.")}
+    assert names.keys() == own
+    assert all(found[theirs].shape == wanted[name] for name, theirs in names.items())
