@@ -1,7 +1,7 @@
 """The recorded outputs of the reference on a tiny random BLIP3-o, and the models they belong to.
 
-Of the recorded embedding only the rows that are used are there, and the model here has no others:
-`own_ids` gives recorded ids its numbers.
+The weights are drawn here, where the fixture does not hold them. Of the embedding's rows only those
+that are used are kept: `own_ids` gives recorded ids their numbers.
 """
 
 import json
@@ -11,15 +11,26 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from drawn_weights import drawn, fan_in
 from safetensors.torch import load_file
 from torch import Tensor
 
 from clipflow.models.blip3o import BLIP3oConfig, BLIP3oModel
 from clipflow.models.blip3o.config import MultimodalTextConfig, TokenIds, VisionConfig
 from clipflow.models.blip3o.eva import CLIP_MEAN, CLIP_STD
+from clipflow.models.blip3o.keys import map_names
 from clipflow.models.dits.lumina import LuminaConfig, LuminaTransformer, feed_forward_width
+from clipflow.testing.blip3o_folder import published_blip3o_name
 
 NAME = "blip3o_tiny"
+SEEDS = {"model": 1234, "dit_gqa_model": 77}
+DIT, EMBEDDING = "model.dit.model.", "model.embed_tokens.weight"
+# Rows of the embedding that the recordings use, and how many there are.
+ROWS = (
+    13, 198, 264, 525, 872, 2168, 2610, 5501, 6923, 8948, 10950, 17847, 77091, 151643, 151644,
+    151645, 151652, 151653, 151655, 151665, 151667,
+)  # fmt: skip
+VOCABULARY = 151668
 QUERY = 151667  # the id at the places of queries in training
 TINY = Path(__file__).parent / "fixtures" / NAME
 
@@ -38,27 +49,53 @@ def recorded(file: str = "io") -> dict[str, Tensor]:
 
 
 @cache
+def recorded_weights(file: str) -> dict[str, Tensor]:
+    """A state dict under the reference's own names, without the head, which was not recorded."""
+    if (parity_dir() / f"{file}.safetensors").exists():
+        state = recorded(file)
+        if f"{EMBEDDING}.rows" in state:
+            assert tuple(state.pop(f"{EMBEDDING}.row_ids").tolist()) == ROWS
+            state[EMBEDDING] = state.pop(f"{EMBEDDING}.rows")
+        return state
+    if file == "model":
+        cls, config = BLIP3oModel, recorded_config(vocab_size=VOCABULARY)
+    else:
+        cls, config = LuminaTransformer, lumina_config(_values("dit_gqa_config"))
+    with torch.device("meta"):
+        own = cls(config).state_dict()
+    rename = published_blip3o_name if file == "model" else "model.{}".format
+    state = drawn({rename(n): tuple(t.shape) for n, t in own.items()}, SEEDS[file], _spread)
+    if file == "model":
+        del state["lm_head.weight"]
+        state[EMBEDDING] = state[EMBEDDING][list(ROWS)]
+    return state
+
+
+def _spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation that weights were drawn with."""
+    if len(shape) > 1:
+        return 0.0, 0.9 * fan_in(shape) ** -0.5
+    return (1.0, 0.2) if name.endswith(".weight") else (0.0, 0.2)
+
+
+def _values(file: str = "config") -> dict:
+    return json.loads((parity_dir() / f"{file}.json").read_text())
+
+
+@cache
 def recorded_dit() -> LuminaTransformer:
-    values = json.loads((parity_dir() / "config.json").read_text())["dit"]
-    return loaded(values, recorded("model"), "model.dit.model.")
+    return loaded(_values()["dit"], recorded_weights("model"), DIT)
 
 
 @cache
 def recorded_gqa_dit() -> LuminaTransformer:
-    values = json.loads((parity_dir() / "dit_gqa_config.json").read_text())
-    return loaded(values, recorded("dit_gqa_model"), "model.")
+    return loaded(_values("dit_gqa_config"), recorded_weights("dit_gqa_model"), "model.")
 
 
 @cache
 def recorded_model() -> BLIP3oModel:
-    state = dict(recorded("model"))
-    state.pop("model.embed_tokens.weight.row_ids")
-    state["model.embed_tokens.weight"] = state.pop("model.embed_tokens.weight.rows")
-    begins = {"model.dit.model.": "dit.", "model.latent": "latent", "model.": "language_model."}
-    own = {}
-    for name, tensor in state.items():
-        begin = next((begin for begin in begins if name.startswith(begin)), "")
-        own[begins.get(begin, "") + name.removeprefix(begin)] = tensor
+    state = recorded_weights("model")
+    own = {name: state[found] for name, found in map_names(state).items()}
     model = BLIP3oModel(recorded_config())
     model.lm_head = None  # was not recorded
     model.load_state_dict(own)
@@ -67,14 +104,14 @@ def recorded_model() -> BLIP3oModel:
 
 def own_ids(ids: Tensor) -> Tensor:
     """The rows of the recorded embedding that recorded ids have; all must be there."""
-    known = recorded("model")["model.embed_tokens.weight.row_ids"]
+    known = torch.tensor(ROWS)
     rows = torch.searchsorted(known, ids)
     assert torch.equal(known[rows], ids)
     return rows
 
 
-def recorded_config() -> BLIP3oConfig:
-    values = json.loads((parity_dir() / "config.json").read_text())
+def recorded_config(vocab_size: int = len(ROWS)) -> BLIP3oConfig:
+    values = _values()
     mllm, vision = values["mllm"], values["mllm"]["vision_config"]
     ids = (151643, 151645, 151655, 151652, 151653, 151665)
     pad, im_end, image_pad, vision_start, vision_end, image_start = own_ids(
@@ -88,7 +125,7 @@ def recorded_config() -> BLIP3oConfig:
         ),
         text=MultimodalTextConfig(
             **{name: mllm[name] for name in names_of(MultimodalTextConfig) & mllm.keys()}
-            | {"vocab_size": len(recorded("model")["model.embed_tokens.weight.row_ids"])},
+            | {"vocab_size": vocab_size},
             mrope_section=tuple(mllm["rope_scaling"]["mrope_section"]),
         ),
         dit=lumina_config(values["dit"]),

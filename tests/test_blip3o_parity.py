@@ -8,7 +8,15 @@ import copy
 
 import pytest
 import torch
-from blip3o_fixture import QUERY, own_ids, recorded, recorded_model
+from blip3o_fixture import (
+    QUERY,
+    TINY,
+    own_ids,
+    parity_dir,
+    recorded,
+    recorded_model,
+    recorded_weights,
+)
 from test_blip3o_dit_parity import assert_close
 from torch import Tensor
 from torch.nn import functional as F
@@ -52,6 +60,19 @@ def drawn(given: Condition, noise: Tensor) -> Tensor:
         guidance_scale=model.config.default_guidance_scale,
     )
     return features.flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("file", ["model", "dit_gqa_model"])
+def test_drawn_again_as_recorded(file, monkeypatch):
+    """Where the recording holds what the small fixture draws, both are the same."""
+    if parity_dir() == TINY:
+        pytest.skip("the small fixture does not hold what is drawn")
+    stored = recorded_weights(file)
+    monkeypatch.delenv("CLIPFLOW_PARITY_DIR")
+    found = recorded_weights.__wrapped__(file)
+    assert found.keys() == stored.keys()
+    for name, tensor in stored.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
