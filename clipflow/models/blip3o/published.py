@@ -91,8 +91,15 @@ def config_from_published(values: Mapping, shapes: Mapping[str, tuple[int, ...]]
                 f"model, got {found}"
             )
     tokens = _tokens(fields, text.vocab_size)
+    fields.fixed("edits", True, False)  # ours: no published model says whether it edits
     return _config(
-        text, vision, dit, tokens=tokens, n_query=n_query, target=_target(shapes, fields)
+        text,
+        vision,
+        dit,
+        tokens=tokens,
+        n_query=n_query,
+        target=_target(shapes, fields),
+        edits=fields.get("edits") is True,
     )
 
 
@@ -291,6 +298,7 @@ def _config(
     tokens: TokenIds | None = None,
     n_query: int = 64,
     target: EVAConfig | None = None,
+    edits: bool = False,
 ) -> BLIP3oConfig:
     return BLIP3oConfig(
         vision=vision,
@@ -308,4 +316,5 @@ def _config(
         image_std=CLIP_STD,
         system_message=SYSTEM_MESSAGE,
         noise_dtype="float16",  # what the reference runs in
+        edits=edits,
     )

@@ -11,7 +11,7 @@ _TEXT = """
     use_sliding_window vocab_size
 """
 _TOP = """
-    gen_hidden_size gen_pooling gen_projector_type gen_vision_tower image_token_id n_query
+    edits gen_hidden_size gen_pooling gen_projector_type gen_vision_tower image_token_id n_query
     n_und_query text_config video_token_id vision_config vision_end_token_id
     vision_start_token_id vision_token_id vision_tower_pretrained
 """
