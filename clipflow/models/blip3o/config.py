@@ -84,7 +84,7 @@ class BLIP3oConfig:
         system_message: what every prompt begins with.
         noise_dtype: what starting noise is drawn in, whatever the model computes in: with it a seed
             means a picture.
-        edits: whether it was trained to edit pictures; published ones reconstruct only.
+        edits: whether it was trained to edit pictures; published ones were not.
 
     Raises:
         ValueError: sizes that do not fit together; one error names them all.

@@ -61,7 +61,7 @@ class BLIP3o(Family):
         "vision tower": ("vision tower",),
         "language model": ("language model", "lm_head"),
         "queries": ("queries",),
-        "EVA tower": ("EVA tower",),
+        "CLIP target": ("CLIP target",),
         "DiT": ("DiT",),
         "decoder": ("decoder",),
     }
@@ -200,7 +200,7 @@ class BLIP3o(Family):
         }
         if config.target is not None:
             target = config.target
-            facts["EVA tower"] = f"EVA-CLIP, {target.image_size} px, {target.hidden_size} wide"
+            facts["CLIP target"] = f"EVA-CLIP, {target.image_size} px, {target.hidden_size} wide"
         return facts
 
     def _draw(
