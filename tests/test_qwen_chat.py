@@ -1,7 +1,5 @@
 """Calls of a pipeline that end in Qwen2.5-VL: streams, seeds, labels, pictures of any shape."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from PIL import Image
@@ -9,14 +7,8 @@ from tiny_chat import noise_picture, said, tiny_chat, user
 from tiny_qwen import qwen_tokenizer, tiny_qwen, transformers_qwen
 
 from clipflow.errors import InputError
-from clipflow.pipelines import readers
-from clipflow.pipelines.blip3o_prompts import BLIP3oPrompts
-from clipflow.pipelines.generation_defaults import GenerationDefaults
-from clipflow.pipelines.language import LanguageCalls
-from clipflow.pipelines.offload import DECODER, LANGUAGE, Offload
+from clipflow.pipelines import CLIPFlowPipeline, readers
 from clipflow.pipelines.prompts import LABEL_QUESTION
-from clipflow.pipelines.qwen_pictures import QwenImageProcessor
-from clipflow.pipelines.readers import WholeReader
 
 WIDE, TALL, SMALL = (
     noise_picture(seed, size) for seed, size in enumerate([(170, 60), (60, 170), (60, 50)])
@@ -29,20 +21,9 @@ BATCH = [
 OPTIONS = {"max_new_tokens": 8, "temperature": 1.5, "top_k": 50}
 
 
-class Pipe(LanguageCalls):
-    def __init__(self, model):
-        self.family = SimpleNamespace(feature_parts=("visual",), require=lambda *_: None)
-        self.model, self.tokenizer = model, qwen_tokenizer()
-        self.prompts = BLIP3oPrompts(self.tokenizer, model.config)
-        self.image_processor = QwenImageProcessor.from_config(model.config)
-        self.defaults = GenerationDefaults.from_folder(None, model.config)
-        self.offload = Offload(model, {LANGUAGE: ("visual", "language_model"), DECODER: ()})
-        self.reader = WholeReader(self)
-
-
 @pytest.fixture
 def pipe():
-    return Pipe(tiny_qwen())
+    return CLIPFlowPipeline(tiny_qwen(), qwen_tokenizer())
 
 
 def dice(*seeds):
@@ -90,7 +71,8 @@ def test_ask_is_a_chat_of_one_question(pipe):
 
 
 def test_half_precision():
-    answers = Pipe(tiny_qwen().to(torch.bfloat16)).chat(BATCH, generator=dice(0, 1, 2), **OPTIONS)
+    pipe = CLIPFlowPipeline(tiny_qwen(), qwen_tokenizer()).to(torch.bfloat16)
+    answers = pipe.chat(BATCH, generator=dice(0, 1, 2), **OPTIONS)
     assert all(isinstance(answer, str) for answer in answers) and any(answers)
 
 
