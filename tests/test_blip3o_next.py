@@ -8,7 +8,6 @@ import torch
 from clipflow.errors import InputError, ShapeError
 from clipflow.models.blip3o_next import BLIP3oNextModel
 from clipflow.models.blip3o_next.image_tokens import TokenDraw, draw_image_tokens
-from clipflow.models.blip3o_next.prompts import generation_prompt
 from clipflow.models.language.token_sampling import TokenSampling, row_dice
 from clipflow.testing import next_config
 from clipflow.testing.random_weights import RandomWeights
@@ -184,11 +183,3 @@ def test_refusals(model):
         model.encode_condition(ids, mask)
     with pytest.raises(InputError, match="TA-Tok"):
         model.encode_image(torch.zeros(1, 3, 8, 8))
-
-
-def test_the_prompt():
-    assert generation_prompt("a cat", "You are a helpful assistant.") == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\nPlease generate image based on the following caption: a cat<|im_end|>\n"
-        "<|im_start|>assistant\n<im_start><S0>"
-    )

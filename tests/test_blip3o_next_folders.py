@@ -11,12 +11,17 @@ from transformers import Qwen3ForCausalLM
 
 from clipflow.models.blip3o_next import BLIP3oNextConfig, BLIP3oNextModel
 from clipflow.models.blip3o_next.keys import map_names, skipped_names
-from clipflow.models.blip3o_next.prompts import generation_prompt
 from clipflow.models.blip3o_next.published import config_from_published
+from clipflow.pipelines.blip3o_next_prompts import BLIP3oNextPrompts
 from clipflow.pipelines.tokenizer_files import read_tokenizer
 from clipflow.testing import next_config, write_blip3o_next_folder
 from clipflow.testing.blip3o_next_folder import published_name, published_next_config
 
+TEXT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\nPlease generate image based on the following caption: a cat<|im_end|>\n"
+    "<|im_start|>assistant\n<im_start><S0>"
+)
 MORE = {"model.vision_tower.vision_tower.x.weight": (2, 3), "model.sana_vae.encoder.y.bias": (2,)}
 
 
@@ -67,15 +72,20 @@ def test_the_tokenizer(folder, tmp_path, form):
     """Its own template, where it has one, makes the same text; special tokens have the ids."""
     tokenizer = read_tokenizer(write_blip3o_next_folder(tmp_path / form, tokenizer=form))
     config = next_config("tiny")
-    text = generation_prompt("a cat", config.system_message, tokenizer)
-    assert text == generation_prompt("a cat", config.system_message)
+    prompts = BLIP3oNextPrompts(tokenizer, config)
+    text = prompts.text_to_image("a cat")
+    if form == "fast":
+        assert tokenizer.chat_template is not None
+    assert text == TEXT
     tokens = config.tokens
     assert tokenizer(text)["input_ids"][-2:] == [tokens.image_start, tokens.scale]
     assert tokenizer("<I0><I63><im_end>")["input_ids"] == [310, 373, tokens.image_end]
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
-    other = generation_prompt("a cat", "s", tokenizer)
-    assert other.startswith("[system] s [user] Please generate image based on")
+    other = prompts.text_to_image("a cat")
+    assert other.startswith("[system] You are a helpful assistant. [user] Please generate image")
     assert other.endswith("a cat <im_start><S0>")
+    tokenizer.chat_template = None
+    assert prompts.text_to_image("a cat") == TEXT
 
 
 def test_names():

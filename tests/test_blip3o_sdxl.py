@@ -198,6 +198,16 @@ def test_progress_and_half_precision():
     assert torch.equal(drawn, given)
 
 
+def test_native_size():
+    """4 latent cells of 2 pixels; calling the module draws."""
+    decoder, noise = tiny_decoder(), torch.randn(1, 4, 4, 4)
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0, "latents": noise}
+    pictures = decoder(torch.ones(1, 4, 6), **options)
+    assert pictures.shape == (1, 3, 8, 8)
+    assert torch.equal(pictures, small(decoder, torch.ones(1, 4, 6), **options))
+    assert (decoder.native_size, decoder.upscale, decoder.feature_width) == (8, 2, 6)
+
+
 def test_tiles_draw_nearly_the_same():
     decoder = tiny_decoder()
     options = {"latents": torch.randn(1, 4, 8, 8), "height": 16, "width": 16, "guidance_scale": 1}

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from clipflow.models.blip3o.eva import EVAConfig
 from clipflow.models.folders.shapes import Shapes
 
-# What a tower's names begin with in files. In a BLIP3-o "visual." is Qwen2.5-VL's vision, too, which
-# has no class token.
+# What a tower's names begin with in files. Where "visual." is Qwen2.5-VL's vision, it has no class
+# token.
 PREFIXES = (
     "model.gen_vision_tower.vision_tower.model.",
     "gen_vision_tower.vision_tower.model.",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from clipflow.models.blip3o.sdxl_folder import (
 if TYPE_CHECKING:  # diffusers takes a second to import
     from diffusers import EulerDiscreteScheduler
 
+NATIVE_SIZE = 1024
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -49,12 +50,15 @@ class SDXLDecoder(nn.Module):
         scheduler: settings of diffusers' `EulerDiscreteScheduler`; SDXL-base's when not given.
 
     Attributes:
+        guided: whether `draw` looks at null features; it does.
         tiling: draw large pictures in tiles that overlap, which takes less memory and changes them
             a little (diffusers' `enable_tiling`).
 
     Raises:
         ValueError: the parts do not fit together.
     """
+
+    guided: ClassVar[bool] = True
 
     def __init__(
         self, unet: nn.Module, vae: nn.Module, scheduler: Mapping[str, object] | None = None
@@ -125,6 +129,16 @@ class SDXLDecoder(nn.Module):
         """Picture pixels per latent cell and axis."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @property
+    def native_size(self) -> int:
+        """Side of the pictures that it was trained with, as its settings say."""
+        side = self.unet.config.sample_size
+        return side * self.upscale if type(side) is int else NATIVE_SIZE
+
+    def forward(self, features: Tensor, null_features: Tensor | None = None, **options) -> Tensor:
+        """The same as `draw`."""
+        return self.draw(features, null_features, **options)
+
     @torch.no_grad()
     def draw(
         self,
@@ -133,8 +147,8 @@ class SDXLDecoder(nn.Module):
         *,
         num_inference_steps: int = 50,
         guidance_scale: float = 3.0,
-        height: int = 1024,
-        width: int = 1024,
+        height: int | None = None,
+        width: int | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
         progress: Callable[[int], object] | None = None,
@@ -146,7 +160,8 @@ class SDXLDecoder(nn.Module):
             null_features: [N, D], or of any form of `features`; not looked at without guidance.
             num_inference_steps: calls of the UNet, each on 2B rows [cond, null] with guidance.
             guidance_scale: guidance is on above 1.
-            height: of the pictures in pixels, a multiple of `upscale`.
+            height: of the pictures in pixels, a multiple of `upscale`; `native_size` (1024 for
+                published ones) when not given.
             width: as `height`.
             generator: of the starting noise, drawn in the decoder's dtype on the generator's
                 device; with one for each picture, a picture does not depend on the others.
@@ -159,6 +174,7 @@ class SDXLDecoder(nn.Module):
             InputError: an option is out of range, or there is guidance and no `null_features`.
             SamplingError: the pictures are not finite.
         """
+        height, width = (self.native_size if side is None else side for side in (height, width))
         size = self._latent_size(height, width)
         scheduler = self._schedule(num_inference_steps)
         guided = _check_guidance(guidance_scale) > 1
