@@ -9,7 +9,6 @@ from tiny_dit import CAPTION, inputs_of, make_plan, reference_run, tiny_lumina, 
 
 from clipflow.errors import SamplingError
 from clipflow.models.dits import lumina_modulation
-from clipflow.models.dits.lumina_quantized import quantized_bytes
 from clipflow.sampling import SamplingPlan, TaylorForecast, euler_schedule
 
 
@@ -61,7 +60,7 @@ def test_bytes_are_known_beforehand(monkeypatch, at_once, more, patch_size):
 
 def test_bytes_of_quantized_weights(dit):
     held = make_plan(dit, tiny_spec(tier="fast")).denoiser.constants()["8-bit weights"]
-    assert quantized_bytes(dit, torch.device("cpu")) == held
+    assert dit.quantized_bytes(torch.device("cpu")) == held
 
 
 @torch.no_grad()

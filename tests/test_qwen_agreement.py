@@ -1,5 +1,8 @@
 """Understanding, from messages to tokens, is that of transformers' Qwen2.5-VL, same weights."""
 
+import math
+import random
+
 import pytest
 import torch
 from tiny_chat import noise_picture, said, user
@@ -179,6 +182,31 @@ def test_logits_of_the_whole_prompts_are_theirs(model, theirs, processor):
     found = model.logits(ids, mask, features, [pictures.grids[place] for place in order])
     real = mask.bool()
     near(found[real], theirs(**inputs).logits[real])
+
+
+def test_positions_are_theirs_wherever_pictures_are(model, theirs):
+    dice, image = random.Random(0), model.image_token
+    rows, grids = [], []
+    for _ in range(12):
+        row, own = [1] * dice.randint(0, 3), []
+        for _ in range(dice.randint(0, 3)):
+            own.append((dice.randint(1, 5), dice.randint(1, 5)))
+            row += [image] * math.prod(own[-1]) + [1] * dice.randint(1, 6)
+        if own and dice.random() < 0.5:
+            row = row[: len(row) - row[::-1].index(image)]  # it ends in the picture
+        rows.append(row or [1])
+        grids += own
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    thw = torch.tensor([[1, 2 * height, 2 * width] for height, width in grids])
+    wanted, _ = theirs.model.get_rope_index(
+        ids, (ids == image).int(), image_grid_thw=thw, attention_mask=mask
+    )
+    order = mask.argsort(dim=-1, descending=True, stable=True)
+    for given in ((ids, mask), (ids.gather(1, order), mask.gather(1, order))):
+        found = model.positions(*given, grids)
+        assert torch.equal(found[:, given[1].bool()], wanted[:, mask.bool()])
 
 
 @torch.no_grad()

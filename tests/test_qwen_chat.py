@@ -89,6 +89,11 @@ def test_ask_is_a_chat_of_one_question(pipe):
     ]
 
 
+def test_half_precision():
+    answers = Pipe(tiny_qwen().to(torch.bfloat16)).chat(BATCH, generator=dice(0, 1, 2), **OPTIONS)
+    assert all(isinstance(answer, str) for answer in answers) and any(answers)
+
+
 LABELS = ["a red star", "a red sail", "blue globe", "blue"]
 
 

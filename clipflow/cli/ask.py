@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
     images = [load_image(image) for image in args.images]
     pipe = load_pipeline(args)
+    pipe.family.require("ask", pipe.model)
     messages = [user_message(images, pipe.prompts.check("question", args.question))]
     options = answer_options(args)
     if options["max_tiles"] is None:

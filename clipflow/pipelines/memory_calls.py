@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,6 @@ from torch import nn
 
 from clipflow.models.blip3o.config import BLIP3oConfig
 from clipflow.models.blip3o_next.config import BLIP3oNextConfig
-from clipflow.models.dits import lumina_quantized, sana_quantized
 from clipflow.models.dits.linears import can_quantize
 from clipflow.models.dits.lumina import LuminaTransformer
 from clipflow.models.dits.sana import SanaTransformer
@@ -112,7 +111,11 @@ def unilip_estimate(
     # The null prompts of edits show the pictures.
     nulls = (call.prompts if call.edit else 1) if call.guided else 0
     positions = call.prompt_tokens + config.n_query + (config.latent_side**2 if call.edit else 0)
-    drawing = _sana(config.dit, call, call.spec(family, config, nulls, positions))
+    drawing = _drawing(
+        _without_memory(SanaTransformer, config.dit),
+        call,
+        call.spec(family, config, nulls, positions),
+    )
     rows = call.prompts + nulls
     language = language_activations(config.text, rows, positions, call.dtype)
     if call.edit:
@@ -136,7 +139,9 @@ def next_estimate(
     """Memory of `call` for a BLIP3o-NEXT; keys and values of the image tokens are counted."""
     text, tokens = config.text, config.tokens_per_image + 1
     nulls = 1 if call.guided else 0
-    drawing = _sana(config.dit, call, call.spec(family, config, nulls, tokens))
+    drawing = _drawing(
+        _without_memory(SanaTransformer, config.dit), call, call.spec(family, config, nulls, tokens)
+    )
     kept = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     positions = call.images * (call.prompt_tokens + tokens)
     reading = language_activations(text, call.images, call.prompt_tokens, call.dtype)
@@ -161,9 +166,7 @@ def blip3o_estimate(
     side = config.image_size // config.vision.feature_pixels
     positions = call.prompt_tokens + config.n_query + (side**2 if call.edit else 0)
     spec = call.spec(family, config, nulls, config.n_query)
-    drawing = _drawing(
-        _without_memory(LuminaTransformer, config.dit), lumina_quantized.quantized_bytes, call, spec
-    )
+    drawing = _drawing(_without_memory(LuminaTransformer, config.dit), call, spec)
     height, width = call.size.pixels or (config.output_size,) * 2
     pictures = 4 * call.images * 3 * height * width * torch.float32.itemsize
     condition = config.n_query * config.text.hidden_size * call.dtype.itemsize
@@ -179,20 +182,10 @@ def blip3o_estimate(
     )
 
 
-def _sana(config: Any, call: CallShape, spec: PlanSpec) -> Drawing:
-    dit = _without_memory(SanaTransformer, config)
-    return _drawing(dit, sana_quantized.quantized_bytes, call, spec)
-
-
-def _drawing(
-    dit: nn.Module,
-    quantized_bytes: Callable[[Any, torch.device], int],
-    call: CallShape,
-    spec: PlanSpec,
-) -> Drawing:
+def _drawing(dit: nn.Module, call: CallShape, spec: PlanSpec) -> Drawing:
     quantized = call.tier == "fast" and _multiplies_in_8_bits(call.device)
     return Drawing(
-        quantized=quantized_bytes(dit, call.device) if quantized else 0,
+        quantized=dit.quantized_bytes(call.device) if quantized else 0,
         plan=dit.plan_bytes(spec) + _loop_bytes(spec),
         step=2 * spec.rows * spec.tokens * dit.config.hidden_size * call.dtype.itemsize,
     )

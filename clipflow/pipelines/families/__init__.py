@@ -56,10 +56,11 @@ def family_of_model(model: nn.Module) -> Family:
     Raises:
         TypeError: it is of none.
     """
-    for module in dict.fromkeys(MODEL_TYPES.values()):
-        family = _family(module)
-        if isinstance(model, family.model_class):
-            return family
+    for cls in type(model).__mro__:
+        # By name, so that no other family has to be imported.
+        package, _, _ = cls.__module__.removeprefix("clipflow.models.").partition(".")
+        if package in MODEL_TYPES.values() and isinstance(model, _family(package).model_class):
+            return _family(package)
     raise TypeError(f"pipeline: model must be of a known family, got {type(model).__name__}")
 
 
