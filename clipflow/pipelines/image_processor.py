@@ -20,23 +20,37 @@ from clipflow.pipelines.image_io import ImageInput, load_image
 from clipflow.pipelines.output import Pictures
 
 FILE_NAME = "preprocessor_config.json"
+CROPS = ("none", "before", "after")
+# Longer pictures are cut to this many times their shorter side before they are resized.
+MOST_ASPECT = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageProcessor:
-    """RGB, resized to a square (the aspect ratio is squashed), normalized per channel.
+    """RGB, made a square, normalized per channel.
 
     Attributes:
         size: side of the square, in pixels.
         mean: subtracted from pixels in [0, 1].
         std: divides after that.
         resample: Pillow's filter number; 3 is bicubic.
+        crop: "none" squashes the picture into the square; "before" cuts out the square in its
+            middle and resizes that (BLIP3-o's reconstruction, specs section A.9); "after" resizes
+            the shorter side to `size` and cuts out the middle (its training targets, section A.6).
+
+    Raises:
+        InputError: another `crop`.
     """
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resample: int = int(Image.Resampling.BICUBIC)
+    crop: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.crop not in CROPS:
+            raise InputError(f"crop must be one of {', '.join(CROPS)}, got {self.crop!r}")
 
     @classmethod
     def from_config(cls, config: UniLIPConfig) -> ImageProcessor:
@@ -60,6 +74,7 @@ class ImageProcessor:
                 mean=tuple(float(v) for v in values["image_mean"]),
                 std=tuple(float(v) for v in values["image_std"]),
                 resample=int(values.get("resample", cls.resample)),
+                crop=values.get("crop", cls.crop),
             )
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
@@ -80,6 +95,7 @@ class ImageProcessor:
             raise InputError(f"{path}: resample must be from 0 to 5, got {self.resample}")
 
     def to_json(self) -> str:
+        """The text of a `preprocessor_config.json`, which `from_folder` reads."""
         values = {
             "image_processor_type": "CLIPFlowImageProcessor",
             "do_convert_rgb": True,
@@ -92,6 +108,8 @@ class ImageProcessor:
             "image_mean": list(self.mean),
             "image_std": list(self.std),
         }
+        if self.crop != "none":
+            values["crop"] = self.crop
         return json.dumps(values, indent=2) + "\n"
 
     def __call__(self, images: Sequence[ImageInput]) -> Tensor:
@@ -103,9 +121,29 @@ class ImageProcessor:
 
     def resize(self, image: Image.Image) -> Image.Image:
         """`image` at the model's own size: what the model sees."""
-        if image.size == (self.size, self.size):
+        width, height = image.size
+        shorter = min(width, height)
+        if self.crop == "before":
+            image = _middle(image, shorter, shorter)
+        elif self.crop == "after":
+            longest = MOST_ASPECT * shorter
+            image = _middle(image, min(width, longest), min(height, longest))
+            sides = [int(self.size * side / shorter) for side in image.size]
+            return _middle(self._resized(image, *sides), self.size, self.size)
+        return self._resized(image, self.size, self.size)
+
+    def _resized(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        if image.size == (width, height):
             return image
-        return image.resize((self.size, self.size), Image.Resampling(self.resample))
+        return image.resize((width, height), Image.Resampling(self.resample))
+
+
+def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The middle of `image`; of two equally central ones, the one torchvision's crop takes."""
+    if image.size == (width, height):
+        return image
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 def postprocess(decoded: Tensor, output_size: int | None, output_type: str) -> Pictures:

@@ -1,0 +1,1 @@
+"""BLIP3-o: a language model whose queries condition a DiT over CLIP features."""
