@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clipflow.errors import ShapeError
-from clipflow.models.unilip.parsing import build
+from clipflow.models.folders.parsing import build
 from clipflow.ops import clip_normalize, dit_attention
 
 # What pixels in [0, 1] are normalized with, per channel, by all of OpenAI's and EVA's CLIPs.
