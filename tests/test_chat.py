@@ -9,12 +9,12 @@ from tiny_chat import noise_picture as picture
 from tiny_pipeline import tiny_pipeline
 
 from clipflow.errors import InputError, SamplingError, ShapeError
+from clipflow.models.language.token_sampling import TokenSampling, row_dice
 from clipflow.models.unilip.published import unilip_1b_config
 from clipflow.models.unilip.reading import Reading
 from clipflow.pipelines.answers import Answer, AnswerEnd, text_pieces
 from clipflow.pipelines.conversation import conversations_of
 from clipflow.pipelines.generation_defaults import GenerationDefaults
-from clipflow.pipelines.token_sampling import TokenSampling, row_dice
 
 SYSTEM = "Du är hjälpsam."
 

@@ -5,10 +5,10 @@ import torch
 from tiny_pipeline import tiny_pipeline
 
 from clipflow.errors import ShapeError
+from clipflow.models.language.token_sampling import TokenSampling
 from clipflow.models.unilip.reading import Reading
 from clipflow.pipelines import understanding
 from clipflow.pipelines.answers import Answer, AnswerEnd, make_answers
-from clipflow.pipelines.token_sampling import TokenSampling
 from clipflow.pipelines.understanding import label_log_likelihoods, label_trees
 
 QUESTIONS = ["what?", "what colour is the circle left of the star?", "how many squares are there?"]
@@ -85,11 +85,11 @@ def test_what_is_asked_about_one_picture_is_begun_once(pipe, features, asked):
 @torch.no_grad()
 def test_a_token_more_is_written_where_room_was_left(pipe, features):
     reading = read(pipe, features, QUESTIONS)
-    before = [[b.data_ptr() for b in pair] for pair in reading._buffers]
+    before = [[b.data_ptr() for b in pair] for pair in reading.kept.buffers]
     answers = say(pipe, reading, stop=-1)
     assert [len(answer.tokens) for answer in answers] == [8, 8, 8]
-    assert [[b.data_ptr() for b in pair] for pair in reading._buffers] == before
-    assert reading.lengths.max() == reading._longest
+    assert [[b.data_ptr() for b in pair] for pair in reading.kept.buffers] == before
+    assert reading.lengths.max() == reading.kept.longest
 
 
 def test_answers_stop_early(pipe, features):
@@ -97,7 +97,7 @@ def test_answers_stop_early(pipe, features):
     reading = read(pipe, features[:1], QUESTIONS[:1])
     (answer,) = say(pipe, reading, stop=int(first[0]))
     assert answer.tokens == [] and answer.text == "" and len(reading.lengths) == 1
-    assert reading.lengths[0] == reading._longest  # nothing was read on
+    assert reading.lengths[0] == reading.kept.longest  # nothing was read on
 
 
 LABELS = [[7], [7, 8], [7, 8, 9, 4], [7, 8, 10, 4], [11, 4], [7, 8]]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from unilip_fixture import load_fixture
 
-from clipflow.models.unilip.model import Condition
+from clipflow.models.condition import Condition
 from clipflow.models.unilip.pixel_decoder import resize_pictures
 from clipflow.models.unilip.vision import pixel_shuffle
 from clipflow.pipelines.image_processor import postprocess

@@ -66,7 +66,12 @@ def rope_table_1d(length: int, width: int, *, base: float = 10000.0) -> tuple[Te
 
 
 def rope_table_2d(
-    height: int, grid_width: int, width: int, *, base: float = 10000.0
+    height: int,
+    grid_width: int,
+    width: int,
+    *,
+    base: float = 10000.0,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Angles of rotary embedding by place on a grid: even pairs turn by row, odd ones by column.
 
@@ -74,15 +79,17 @@ def rope_table_2d(
         height, grid_width: the token grid, row-major.
         width: K, of a head; a multiple of 4.
         base: pairs 2 i and 2 i + 1 turn by row and column times base ** (-4 i / K).
+        device: where the table is made.
 
     Returns:
         (cos, sin), float32 [height * grid_width, K / 2] each; computed in float64.
 
     Source: Zhuo et al., "Lumina-Next" (2024), section 2.1, without its third axis.
     """
-    frequency = base ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    row = torch.arange(height, dtype=torch.float64)[:, None, None] * frequency
-    column = torch.arange(grid_width, dtype=torch.float64)[None, :, None] * frequency
+    kind = {"dtype": torch.float64, "device": device}
+    frequency = base ** (-torch.arange(width // 4, **kind) / (width // 4))
+    row = torch.arange(height, **kind)[:, None, None] * frequency
+    column = torch.arange(grid_width, **kind)[None, :, None] * frequency
     pairs = torch.stack(torch.broadcast_tensors(row, column), dim=-1)
     angle = pairs.reshape(height * grid_width, width // 2)
     return angle.cos().float(), angle.sin().float()

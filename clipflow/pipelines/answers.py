@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from clipflow.errors import InputError
+from clipflow.models.language.token_sampling import TokenSampling
 from clipflow.models.unilip.reading import Reading
-from clipflow.pipelines.token_sampling import TokenSampling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,17 +8,16 @@ from typing import NamedTuple
 import torch
 
 from clipflow.errors import InputError
+from clipflow.models.language.token_sampling import Generators, TokenSampling, row_dice
 from clipflow.models.unilip.reading import Reading
 from clipflow.pipelines.answers import Answer, AnswerEnd, make_answers, stop_texts, text_pieces
 from clipflow.pipelines.arguments import is_list, listed, paired, positive
 from clipflow.pipelines.conversation import Conversation, Messages, conversations_of
 from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.offload import LANGUAGE
-from clipflow.pipelines.options import Generators
 from clipflow.pipelines.parts import UniLIPParts
 from clipflow.pipelines.prompts import LABEL_QUESTION, check_text
 from clipflow.pipelines.tiling import TileSet
-from clipflow.pipelines.token_sampling import TokenSampling, row_dice
 from clipflow.pipelines.understanding import label_log_likelihoods, label_trees
 
 Text = str | list[str] | Iterator[str]

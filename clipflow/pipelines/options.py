@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from clipflow.errors import InputError
+from clipflow.models.language.token_sampling import Generators
 from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.pipelines.arguments import is_list
 from clipflow.pipelines.output import OUTPUT_RESOLUTIONS, OUTPUT_TYPES
 from clipflow.sampling import SOLVERS, TIERS, StepCache
 from clipflow.sampling.step_cache import check_step_cache
 
-Generators = torch.Generator | Sequence[torch.Generator] | None
 # callback(pipeline, step, timestep, {"latents": ...}) -> the same, maybe changed.
 StepEndCallback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 

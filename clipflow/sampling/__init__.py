@@ -4,7 +4,7 @@ from clipflow.sampling.flow_matching import FlowTimes, draw_times, flow_matching
 from clipflow.sampling.plan import TIERS, Denoiser, PlanSpec, SamplingPlan
 from clipflow.sampling.plan_cache import PlanCache
 from clipflow.sampling.sample import sample
-from clipflow.sampling.schedule import FlowSchedule, flow_schedule
+from clipflow.sampling.schedule import FlowSchedule, euler_schedule, flow_schedule
 from clipflow.sampling.solvers import SOLVERS, Evaluation, solver_table
 from clipflow.sampling.step_cache import FirstBlockCache, StepCache, TaylorForecast
 
@@ -22,6 +22,7 @@ __all__ = [
     "StepCache",
     "TaylorForecast",
     "draw_times",
+    "euler_schedule",
     "flow_matching_loss",
     "flow_schedule",
     "interpolate",

@@ -26,7 +26,7 @@ from clipflow.sampling.tracing import kernels_of
 TIERS = ("faithful", "fast")
 
 # callback(step, timestep, latents) -> replacement of the latents, or None to keep them.
-StepCallback = Callable[[int, int, Tensor], Tensor | None]
+StepCallback = Callable[[int, float, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class PlanSpec:
 
     Attributes:
         sigmas: noise levels of the schedule, N + 1 of them, falling.
-        timesteps: what the model is told at the first N of them.
+        timesteps: what the model is told at the first N of them; ints or floats.
         solver: a key of `SOLVERS`.
         samples: B.
         guided: whether null rows are run.
@@ -54,7 +54,7 @@ class PlanSpec:
     """
 
     sigmas: tuple[float, ...]
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     solver: str
     samples: int
     guided: bool

@@ -16,10 +16,11 @@ from clipflow.sampling.loop import SamplingLoop
 from clipflow.sampling.schedule import FlowSchedule
 from clipflow.sampling.solvers import solver_table
 
-# model(latents [R, C, h, w], timesteps [R] int64) -> velocity [R, C, h, w]
+# model(latents [R, C, h, w], timesteps [R]) -> velocity [R, C, h, w]; times are int64 or
+# float32, as the schedule has them.
 VelocityModel = Callable[[Tensor, Tensor], Tensor]
 # callback(step, timestep, latents) -> replacement of the latents, or None to keep them.
-StepCallback = Callable[[int, int, Tensor], Tensor | None]
+StepCallback = Callable[[int, float, Tensor], Tensor | None]
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ def sample(
         ValueError: `solver` is not known.
     """
     table = solver_table(solver, schedule.sigmas)
-    timesteps: list[int] = schedule.timesteps.tolist()
+    timesteps: list[float] = schedule.timesteps.tolist()  # whole ones stay int
     guided = isinstance(guidance_scale, Tensor) or guidance_scale != 1.0
     loop = SamplingLoop(
         table,

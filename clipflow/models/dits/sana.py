@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from clipflow import ops
 from clipflow.errors import ShapeError
+from clipflow.nn.caption_embedding import CaptionProjection
 from clipflow.nn.cross_attention import CrossAttention, real_tokens_first
 from clipflow.nn.embeddings import AdaLNSingle, grid_position_table
 from clipflow.nn.glu_mbconv import GLUMBConv
@@ -51,18 +52,6 @@ class SanaConfig:
     @property
     def hidden_size(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
-
-
-class CaptionProjection(nn.Module):
-    """Linear - GELU(tanh) - Linear on the condition tokens."""
-
-    def __init__(self, in_features: int, channels: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_features, channels)
-        self.linear_2 = nn.Linear(channels, channels)
-
-    def forward(self, caption: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(caption), approximate="tanh"))
 
 
 class SanaBlock(nn.Module):

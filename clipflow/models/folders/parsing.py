@@ -14,7 +14,7 @@ T = TypeVar("T")
 def build(cls: type[T], values: object, where: str) -> T:
     """An instance of the dataclass `cls` from the JSON object `values`; lists become tuples.
 
-    Fields may be int, float, bool, str, tuples of these, and dataclasses.
+    Fields may be int, float, bool, str, tuples of these, dataclasses, and any of these or None.
 
     Raises:
         ValueError: unknown or missing keys or values of a wrong type; one error, beginning with
@@ -50,6 +50,10 @@ def _dataclass(cls: type, values: object, path: str, problems: list[str]) -> obj
 
 
 def _value(kind: object, value: object, path: str, problems: list[str]) -> object:
+    if isinstance(kind, types.UnionType):  # `X | None`
+        if value is None:
+            return None
+        kind = next(option for option in typing.get_args(kind) if option is not types.NoneType)
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, path, problems)
     if isinstance(kind, types.GenericAlias):

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from clipflow.models.dits.sana import SanaConfig
 from clipflow.models.folders.parsing import build
+from clipflow.models.folders.rules import (
+    Rule,
+    check_rules,
+    image_mean,
+    multiple,
+    noise_dtype,
+    positive,
+    token_ids,
+)
+from clipflow.models.language.config import TextConfig
 
 MODEL_TYPE = "clipflow_unilip"
-LARGEST = 1e12
 DECODER_BLOCKS = ("ResBlock", "EfficientViTBlock")
-NOISE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,22 +35,6 @@ class VisionConfig:
     patch_size: int
     shuffle: int
     layer_norm_eps: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextConfig:
-    """Qwen2 language model; the connector's layers have the same sizes."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    rope_theta: float
-    rms_norm_eps: float
-    max_position_embeddings: int
-    tie_word_embeddings: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +94,7 @@ class UniLIPConfig:
     noise_dtype: str
 
     def __post_init__(self) -> None:
-        problems = [text for text, wrong in _rules(self) if wrong]
-        if problems:
-            raise ValueError("unilip config: " + "; ".join(problems))
+        check_rules(_rules(self), "unilip config")
 
     @property
     def image_size(self) -> int:
@@ -135,8 +124,8 @@ class UniLIPConfig:
         return build(cls, values, "unilip config")
 
 
-def _rules(config: UniLIPConfig) -> list[tuple[str, bool]]:
-    """What must fit together: (what is wanted and what was found, whether it is violated)."""
+def _rules(config: UniLIPConfig) -> list[Rule]:
+    """What must fit together."""
     vision, text, dit, decoder = config.vision, config.text, config.dit, config.decoder
     stages = len(decoder.block_out_channels)
     lengths = [
@@ -146,15 +135,14 @@ def _rules(config: UniLIPConfig) -> list[tuple[str, bool]]:
     ]
     blocks = sorted(set(decoder.block_types) - set(DECODER_BLOCKS))
     channels = [dit.in_channels, dit.out_channels]
-    special = dataclasses.asdict(config.tokens)
-    outside = {k: v for k, v in special.items() if not -1 <= v < text.vocab_size}
     return [
-        *_positive(config),
-        _multiple("vision.image_size", vision.image_size, vision.shuffle * vision.patch_size),
-        _multiple("vision.hidden_size", vision.hidden_size, vision.num_attention_heads),
-        _multiple("text.hidden_size", text.hidden_size, text.num_attention_heads),
-        _multiple("text.num_attention_heads", text.num_attention_heads, text.num_key_value_heads),
-        _multiple("dit width", dit.hidden_size, 4),
+        *positive(_numbers(config)),
+        image_mean(config.image_mean),
+        multiple("vision.image_size", vision.image_size, vision.shuffle * vision.patch_size),
+        multiple("vision.hidden_size", vision.hidden_size, vision.num_attention_heads),
+        multiple("text.hidden_size", text.hidden_size, text.num_attention_heads),
+        multiple("text.num_attention_heads", text.num_attention_heads, text.num_key_value_heads),
+        multiple("dit width", dit.hidden_size, 4),
         (
             f"dit in and out channels must be {decoder.latent_channels} as latents, got {channels}",
             channels != [decoder.latent_channels] * 2,
@@ -164,16 +152,13 @@ def _rules(config: UniLIPConfig) -> list[tuple[str, bool]]:
             lengths != [stages] * 3,
         ),
         (f"decoder.block_types must be of {list(DECODER_BLOCKS)}, got {blocks}", bool(blocks)),
-        (f"tokens must be below vocab_size {text.vocab_size}, got {outside}", bool(outside)),
-        (
-            f"noise_dtype must be one of {list(NOISE_DTYPES)}, got {config.noise_dtype!r}",
-            config.noise_dtype not in NOISE_DTYPES,
-        ),
+        token_ids(dataclasses.asdict(config.tokens), text.vocab_size),
+        noise_dtype(config.noise_dtype),
     ]
 
 
-def _positive(config: UniLIPConfig) -> list[tuple[str, bool]]:
-    """Every number of the parts, and the scalars of the model, must be above zero and finite."""
+def _numbers(config: UniLIPConfig) -> dict[str, object]:
+    """Every number of the parts, and the scalars of the model."""
     numbers = {
         f"{part}.{name}": value
         for part in ("vision", "text", "dit", "decoder")
@@ -181,15 +166,4 @@ def _positive(config: UniLIPConfig) -> list[tuple[str, bool]]:
     }
     for name in ("n_query", "connect_layer", "unilip_factor", "flow_shift", "output_size"):
         numbers[name] = getattr(config, name)
-    numbers |= {f"image_std[{i}]": value for i, value in enumerate(config.image_std)}
-    wrong = [
-        (f"{name} must be above 0 and below {LARGEST:.0e}, got {value}", not 0 < value < LARGEST)
-        for name, value in numbers.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    ]
-    finite = all(map(math.isfinite, config.image_mean))
-    return [*wrong, (f"image_mean must be finite, got {list(config.image_mean)}", not finite)]
-
-
-def _multiple(name: str, value: int, of: int) -> tuple[str, bool]:
-    return (f"{name} must be a multiple of {of}, got {value}", of > 0 and value % of != 0)
+    return numbers | {f"image_std[{i}]": value for i, value in enumerate(config.image_std)}

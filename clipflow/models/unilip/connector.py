@@ -15,7 +15,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2RotaryEmbedding,
 )
 
-from clipflow.models.unilip.qwen2 import rms_norm, rope_table, run_layer
+from clipflow.models.language.layers import rms_norm, rope_table, run_layer
 from clipflow.ops import dit_attention
 
 

@@ -14,7 +14,6 @@ Data flow, specs of UniLIP section 1:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2Model
 
 from clipflow.errors import ShapeError
+from clipflow.models.condition import Condition
 from clipflow.models.dits.sana import SanaTransformer
 from clipflow.models.folders import checkpoint
 from clipflow.models.folders.loading import load_model
@@ -31,13 +31,6 @@ from clipflow.models.unilip.image_codec import ImageCodec
 from clipflow.models.unilip.loading import FORMAT
 from clipflow.models.unilip.pixel_decoder import PixelDecoder
 from clipflow.models.unilip.vision import VisionTower, make_projector
-
-
-class Condition(NamedTuple):
-    """What the DiT attends to: `hidden` [B, L, caption_channels] and `mask` [B, L] bool."""
-
-    hidden: Tensor
-    mask: Tensor
 
 
 class UniLIPModel(ImageCodec):

@@ -1,35 +1,26 @@
-"""Prompts the language model has read and can read on from: their keys and values are kept.
+"""Prompts the language model has read and can read on from: their keys and values are kept."""
 
-The buffers have room for the longest continuation from the start: one token more is written into
-them and nothing is copied.
-"""
-
-# Shape suffixes: B = batch, T = prompt tokens, M = tokens of a tree, S = slots, H = LM width, A =
-# heads, G = heads of keys, K = width of a head, V = vocabulary.
+# Shape suffixes: B = batch, T = prompt tokens, M = tokens of a tree, H = LM width, V = vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from clipflow.errors import ShapeError
+from clipflow.models.language.kept_keys import KeptKeys
+from clipflow.models.language.layers import Rope, rope_table
 from clipflow.models.unilip.beginnings import Beginnings, find_beginnings, pictures_of_rows
 from clipflow.models.unilip.model import UniLIPModel
-from clipflow.models.unilip.qwen2 import rms_norm, rope_table, run_layer
-from clipflow.ops import dit_attention
-
-# (layer, q [B, L, A, K], k [B, L, G, K], v [B, L, G, K]) -> [B, L, A, K]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Reading:
     """A batch of prompts that the language model has read, one in each row; without gradients.
 
     Attributes:
-        lengths: real tokens of each row so far, [B] int64.
+        kept: keys and values of the rows.
         hidden: the language model's final state at the last token of each row, [B, H].
     """
 
@@ -60,26 +51,31 @@ class Reading:
             ShapeError: the prompts have more or fewer image positions than `pictures` fill.
         """
         self.model = model
-        self.lengths = mask.sum(-1)
+        self.kept = KeptKeys(model.language_model)
+        lengths = mask.sum(-1)
         # Real tokens first: then causal attention by itself keeps them from seeing the padding.
         ids = ids.gather(1, mask.argsort(dim=-1, descending=True, stable=True))
-        self._rows = torch.arange(len(ids), device=ids.device)
-        self._longest = ids.shape[1]
-        self._even = bool((self.lengths == self._longest).all())
-        self._buffers: list[tuple[Tensor, Tensor]] = []
         places = ids == model.config.tokens.img_context
         if features is None:
             features = model.latent_queries.new_zeros(0, 1, model.config.text.hidden_size)
         seen = pictures_of_rows(places, features, pictures)
-        begun = find_beginnings(ids, places, self.lengths, seen, features.shape[1])
+        begun = find_beginnings(ids, places, lengths, seen, features.shape[1])
         if begun is None:
             every = _chosen(features, [picture for row in seen for picture in row])
             shared = 0
-            hidden = self._begin(model.embed_prompt(ids, every), room=room)
+            given = model.embed_prompt(ids, every)
+            rope = self._rope(torch.arange(ids.shape[1], device=ids.device))
+            hidden = self.kept.begin(given, rope, room=room, lengths=lengths)
         else:
             shared = begun.tokens
-            hidden = self._begin_shared(ids, features, seen, begun, room=room)
-        self.hidden = hidden[self._rows, self.lengths - 1 - shared]
+            hidden = self._begin_shared(ids, lengths, features, seen, begun, room=room)
+        rows = torch.arange(len(ids), device=ids.device)
+        self.hidden = hidden[rows, lengths - 1 - shared]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Real tokens of each row so far, [B] int64."""
+        return self.kept.lengths
 
     @property
     def next_logits(self) -> Tensor:
@@ -89,26 +85,8 @@ class Reading:
     @torch.no_grad()
     def extend(self, tokens: Tensor) -> None:
         """Read one token more in each row, `tokens` [B]."""
-        place = self.lengths
-        self.lengths = place + 1
-        self._longest += 1
-        longest, even = self._longest, self._even
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for buffer, new in zip(self._buffers[layer], (k, v), strict=True):
-                if even:
-                    buffer[:, longest - 1] = new[:, 0]
-                else:
-                    buffer[self._rows, place] = new[:, 0]
-            keys, values = (buffer[:, :longest] for buffer in self._buffers[layer])
-            # The heads that share keys become queries: each key is loaded once for all of them.
-            grouped = q.unflatten(2, (keys.shape[2], -1))[:, 0].transpose(1, 2)
-            lengths = None if even else self.lengths
-            y = dit_attention(grouped, keys, values, key_lengths=lengths)
-            return y.transpose(1, 2).reshape(q.shape)
-
         embeddings = self.model.embed_prompt(tokens[:, None])
-        self.hidden = self._run(embeddings, place, attend, per_row=True)[:, 0]
+        self.hidden = self.kept.extend(embeddings, self._rope(self.lengths))
 
     @torch.no_grad()
     def tree(self, tokens: Tensor, depths: Tensor, ancestors: Tensor) -> Tensor:
@@ -125,15 +103,17 @@ class Reading:
         Raises:
             ShapeError: the rows are not equally long.
         """
-        if not self._even:
+        if not self.kept.even:
             found = self.lengths.tolist()
             raise ShapeError(f"tree: the rows must be equally long, got lengths {found}")
         embeddings = self.model.embed_prompt(tokens[None]).expand(len(self.hidden), -1, -1)
-        return self._branch(embeddings, self._longest, depths, ancestors)
+        start = self.kept.longest
+        return self.kept.branch(embeddings, start, self._rope(start + depths), ancestors)
 
     def _begin_shared(
         self,
         ids: Tensor,
+        lengths: Tensor,
         features: Tensor,
         seen: Sequence[Sequence[int]],
         begun: Beginnings,
@@ -141,73 +121,24 @@ class Reading:
         room: int,
     ) -> Tensor:
         """Read each beginning once, then what follows it in each row, whose states it returns."""
-        model, shared = self.model, begun.tokens
+        model, kept, shared = self.model, self.kept, begun.tokens
         first = [picture for row in begun.firsts for picture in seen[row][: begun.pictures]]
         beginning = ids[:1, :shared].expand(len(begun.firsts), -1)
-        self._begin(model.embed_prompt(beginning, _chosen(features, first)), room=0)
-        room += self._longest - shared
+        rope = self._rope(torch.arange(ids.shape[1], device=ids.device))
+        given = model.embed_prompt(beginning, _chosen(features, first))
+        kept.begin(given, tuple(part[:shared] for part in rope), room=0)
         which = torch.tensor(begun.of_row, device=ids.device)
-        pairs = (tuple(t[which] for t in pair) for pair in self._buffers)
-        self._buffers = [(_with_room(k, room), _with_room(v, room)) for k, v in pairs]
-        rest = torch.arange(self._longest - shared, device=ids.device)
+        kept.spread(which, lengths, room=room + ids.shape[1] - shared)
+        rest = torch.arange(ids.shape[1] - shared, device=ids.device)
         later = [picture for row in seen for picture in row[begun.pictures :]]
         embeddings = model.embed_prompt(ids[:, shared:], _chosen(features, later))
-        return self._branch(embeddings, shared, rest, rest[:, None] >= rest)
+        after = tuple(part[shared:] for part in rope)
+        return kept.branch(embeddings, shared, after, rest[:, None] >= rest)
 
-    def _begin(self, embeddings: Tensor, *, room: int) -> Tensor:
-        """Read `embeddings` [B, L, H] into new buffers; their final states."""
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self._buffers.append((_with_room(k, room), _with_room(v, room)))
-            return _attention(q, k, v, None)
-
-        positions = torch.arange(embeddings.shape[1], device=embeddings.device)
-        return self._run(embeddings, positions, attend)
-
-    def _branch(self, embeddings: Tensor, start: int, depths: Tensor, ancestors: Tensor) -> Tensor:
-        """Read `embeddings` [B, M, H] after the first `start` slots, each seeing its ancestors."""
-        stop = start + len(depths)
-        seen = torch.cat([ancestors.new_ones(len(depths), start), ancestors], dim=1)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for buffer, new in zip(self._buffers[layer], (k, v), strict=True):
-                buffer[:, start:stop] = new
-            keys, values = (buffer[:, :stop] for buffer in self._buffers[layer])
-            return _attention(q, keys, values, seen)
-
-        return self._run(embeddings, start + depths, attend)
-
-    def _run(
-        self, hidden: Tensor, positions: Tensor, attend: Attend, *, per_row: bool = False
-    ) -> Tensor:
-        lm = self.model.language_model
-        rope = rope_table(lm.rotary_emb, positions)
-        for index, layer in enumerate(lm.layers):
-
-            def mix(q: Tensor, k: Tensor, v: Tensor, index: int = index) -> Tensor:
-                return attend(index, q, k, v)
-
-            hidden = run_layer(layer, hidden, rope, mix, per_row=per_row)
-        return rms_norm(hidden, lm.norm)
+    def _rope(self, positions: Tensor) -> Rope:
+        return rope_table(self.model.language_model.rotary_emb, positions)
 
 
 def _chosen(features: Tensor, pictures: Sequence[int]) -> Tensor:
     """[K, N, H] of `features` [P, N, H]."""
     return features[torch.tensor(pictures, dtype=torch.int64, device=features.device)]
-
-
-def _with_room(tensor: Tensor, room: int) -> Tensor:
-    """`tensor` [B, T, G, K] at the start of a buffer [B, T + room, G, K], heads outermost."""
-    B, T, G, K = tensor.shape
-    buffer = tensor.new_zeros(B, G, T + room, K).transpose(1, 2)
-    buffer[:, :T] = tensor
-    return buffer
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
-    """Of q [B, L, A, K] to the keys [B, S, G, K] in `seen` [L, S]; causal where that is None."""
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(
-        q, k, v, seen, is_causal=seen is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return y.transpose(1, 2)

@@ -1,9 +1,10 @@
-"""Qwen2 layers through the fused ops, whatever they attend to.
+"""Layers of Qwen2, Qwen2.5-VL and Qwen3 through the fused ops, whatever they attend to.
 
 The modules, and so the parameters and their names, stay transformers' own; only how they are run is
-here. `attend` is what differs between a prompt, one more token, and the connector.
+here. `attend` is what differs between a prompt, one more token, and UniLIP's connector.
 
-Source: Yang et al., "Qwen2 Technical Report" (2024), section 2.2.
+Source: Yang et al., "Qwen2 Technical Report" (2024), section 2.2; Yang et al., "Qwen3 Technical
+Report" (2025), section 2: queries and keys are normed head by head, projections have no bias.
 """
 
 # Shape suffixes: B = batch, L = positions, H = width, A = heads, G = heads of keys, K = width of a
@@ -13,8 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
+from torch import Tensor, nn
 
 from clipflow.ops import adaln_norm, qk_norm_rope, swiglu
 
@@ -24,12 +24,12 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def run_layer(
-    layer: Qwen2DecoderLayer, hidden: Tensor, rope: Rope, attend: Attend, *, per_row: bool = False
+    layer: nn.Module, hidden: Tensor, rope: Rope, attend: Attend, *, per_row: bool = False
 ) -> Tensor:
     """One layer on `hidden` [B, L, H]; same shape out.
 
     Args:
-        layer: whose parameters to use.
+        layer: whose parameters to use: a decoder layer of Qwen2, Qwen2.5-VL or Qwen3.
         hidden: the residual stream.
         rope: (cos, sin) of the positions, float32 [L, K/2] each; of the rows, [B, K/2], with
             `per_row`, where L must be 1.
@@ -42,7 +42,7 @@ def run_layer(
     q, k, v = (p(normed).unflatten(-1, (-1, attention.head_dim)) for p in projections)
     if per_row:
         q, k = q.transpose(0, 1), k.transpose(0, 1)
-    q, k = qk_norm_rope(q, k, q_rope=rope, k_rope=rope, norm="none")
+    q, k = _norm_and_turn(attention, q, k, rope)
     if per_row:
         q, k = q.transpose(0, 1), k.transpose(0, 1)
     hidden = hidden + attention.o_proj(attend(q, k, v).flatten(2))
@@ -50,15 +50,29 @@ def run_layer(
     return hidden + mlp.down_proj(swiglu(mlp.gate_proj(normed), mlp.up_proj(normed)))
 
 
-def rms_norm(hidden: Tensor, norm: object) -> Tensor:
-    """`hidden` [B, L, H] through a Qwen2RMSNorm, rounded once."""
+def rms_norm(hidden: Tensor, norm: nn.Module) -> Tensor:
+    """`hidden` [B, L, H] through an RMSNorm of transformers, rounded once."""
     unscaled = hidden.new_zeros(hidden.shape[0], hidden.shape[-1])
     return adaln_norm(
         hidden, None, unscaled, weight=norm.weight, norm="rms", eps=norm.variance_epsilon
     )
 
 
-def rope_table(rotary: Qwen2RotaryEmbedding, positions: Tensor) -> Rope:
-    """(cos, sin) of `positions` [L], [L, K/2] each; the angles are float32, as transformers'."""
+def rope_table(rotary: nn.Module, positions: Tensor) -> Rope:
+    """(cos, sin) of `positions` [L], [L, K/2] each; the angles are float32, as transformers'.
+
+    `rotary` is a language model's `rotary_emb`.
+    """
     angle = positions[:, None].float() * rotary.inv_freq.float()
     return angle.cos(), angle.sin()
+
+
+def _norm_and_turn(attention: nn.Module, q: Tensor, k: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+    """Queries and keys, normed where the layer has norms for them, turned by their positions."""
+    q_norm = getattr(attention, "q_norm", None)
+    if q_norm is None:
+        return qk_norm_rope(q, k, q_rope=rope, k_rope=rope, norm="none")
+    return qk_norm_rope(
+        q, k, q_norm.weight, attention.k_norm.weight,
+        q_rope=rope, k_rope=rope, norm="rms", eps=q_norm.variance_epsilon,
+    )  # fmt: skip

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from clipflow.errors import InputError, SamplingError
-from clipflow.pipelines.options import Generators
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass(frozen=True, kw_only=True)
