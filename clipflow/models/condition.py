@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Condition(NamedTuple):
-    """`hidden` [B, L, C], as wide as the DiT reads, and `mask` [B, L] bool, true where it is real."""
+    """`hidden` [B, L, C], as wide as the DiT reads, and `mask` [B, L] bool, true where real."""
 
     hidden: Tensor
     mask: Tensor

@@ -1,6 +1,13 @@
 """Flow-matching schedules, solvers, the sampling loop and sampling plans; no model inside."""
 
-from clipflow.sampling.flow_matching import FlowTimes, draw_times, flow_matching_loss, interpolate
+from clipflow.sampling.flow_matching import (
+    FlowTimes,
+    draw_times,
+    draw_uniform_times,
+    drop_conditions,
+    flow_matching_loss,
+    interpolate,
+)
 from clipflow.sampling.plan import TIERS, Denoiser, PlanSpec, SamplingPlan
 from clipflow.sampling.plan_cache import PlanCache
 from clipflow.sampling.sample import sample
@@ -22,6 +29,8 @@ __all__ = [
     "StepCache",
     "TaylorForecast",
     "draw_times",
+    "draw_uniform_times",
+    "drop_conditions",
     "euler_schedule",
     "flow_matching_loss",
     "flow_schedule",

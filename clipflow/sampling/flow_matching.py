@@ -53,6 +53,33 @@ def draw_times(
     return times_from_uniform(torch.sigmoid(normal * std + mean), shift=shift)
 
 
+def draw_uniform_times(
+    batch: int,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+    shift: float = 1.0,
+) -> FlowTimes:
+    """Draw noise levels that are all as likely, as BLIP3-o trains; arguments as of `draw_times`."""
+    return times_from_uniform(torch.rand(batch, generator=generator, device=device), shift=shift)
+
+
+def drop_conditions(
+    hidden: Tensor, probability: float = 0.1, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Conditions [B, L, C], some of them zeros: the null condition, for guidance to lead away from.
+
+    Args:
+        hidden: of the pictures to draw.
+        probability: of each sample to be dropped.
+        generator: source of randomness; must live on the device of `hidden`.
+
+    Source: Ho and Salimans, "Classifier-Free Diffusion Guidance" (2022), section 3.2.
+    """
+    chances = torch.rand(len(hidden), generator=generator, device=hidden.device)
+    return hidden * (chances >= probability).to(hidden.dtype)[:, None, None]
+
+
 def times_from_uniform(u: Tensor, *, shift: float = 1.0) -> FlowTimes:
     """Noise levels for positions `u`, [B] in [0, 1], on the table of 1000 training levels."""
     index = (u.double() * TRAIN_STEPS).floor().clamp(0, TRAIN_STEPS - 1)

@@ -196,6 +196,22 @@ def load_names(
     model.load_state_dict({own: state_dict[name] for own, name in names.items()})
 
 
+def refresh_tables(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...], device: torch.device | str
+) -> None:
+    """Compute the buffers of modules of `kinds`, made of their `config` alone, in float32.
+
+    They are no part of a checkpoint, so nothing loads them into a model built on the meta device.
+    """
+    for module in model.modules():
+        if isinstance(module, kinds):
+            # On the CPU, so that every device gets the same table.
+            with torch.device("cpu"):
+                fresh = type(module)(module.config)
+            for name, table in fresh.named_buffers():
+                module.register_buffer(name, table.to(device), persistent=False)
+
+
 def _check_sizes(numbers: Mapping[str, object], shapes: Shapes) -> None:
     """Refuse more layers than tensors, or a width above the number of all weights."""
     # A few more than there are, so that missing ones can be named.

@@ -52,4 +52,7 @@ def image_mean(mean: tuple[float, ...]) -> Rule:
 
 def noise_dtype(name: str) -> Rule:
     """Noise must be drawn in a known dtype."""
-    return (f"noise_dtype must be one of {list(NOISE_DTYPES)}, got {name!r}", name not in NOISE_DTYPES)
+    return (
+        f"noise_dtype must be one of {list(NOISE_DTYPES)}, got {name!r}",
+        name not in NOISE_DTYPES,
+    )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from clipflow.models.folders.loading import FolderFormat
+from clipflow.models.folders.loading import FolderFormat, refresh_tables
 from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.models.unilip.image_codec import MODEL_TYPE as TOKENIZER_TYPE
 from clipflow.models.unilip.image_codec import TokenizerConfig
@@ -49,19 +49,10 @@ def sizes(config: UniLIPConfig | TokenizerConfig) -> dict[str, object]:
 
 
 def materialize_rotary(model: nn.Module, device: torch.device | str = "cpu") -> None:
-    """Compute the rotary tables of a model that was built on the meta device, in float32.
-
-    They are no part of a checkpoint, so nothing loads them.
-    """
+    """Compute the rotary tables of a model that was built on the meta device, in float32."""
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-    for module in model.modules():
-        if isinstance(module, Qwen2RotaryEmbedding):
-            # On the CPU, so that every device gets the same table.
-            with torch.device("cpu"):
-                fresh = Qwen2RotaryEmbedding(module.config)
-            for name, table in fresh.named_buffers():
-                module.register_buffer(name, table.to(device), persistent=False)
+    refresh_tables(model, (Qwen2RotaryEmbedding,), device)
 
 
 FORMAT = FolderFormat(
