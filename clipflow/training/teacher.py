@@ -53,7 +53,7 @@ def picture_lessons(
         return Lessons(**load_file(path))
     pictures = torch.from_numpy(render_batch([mixed_scene(rng, i) for i in range(count)], rng))
     features, latents = see(teacher, pictures)
-    lessons = Lessons(pictures, features, latents)
+    lessons = Lessons(pictures, features, latents.contiguous())
     beside = path.with_suffix(".tmp")
     save_file(lessons._asdict(), beside)
     beside.replace(path)
