@@ -34,7 +34,7 @@ CHILD = """
 import pathlib, sys, time, torch
 from clipflow.models.unilip import UniLIPModel
 from safetensors.torch import load_file
-from clipflow.pipelines.loading import load_unilip
+from clipflow.pipelines.loading import load_model
 from clipflow.pipelines.model_folders import find_model
 def resident():
     lines = dict(line.split(":") for line in open("/proc/self/status") if line.startswith("Vm"))
@@ -43,7 +43,7 @@ def load(what, folder):
     if what == "plain":
         files = sorted(folder.glob("*.safetensors"))
         return [{name: t.clone() for name, t in load_file(file).items()} for file in files]
-    return load_unilip(folder, dtype=None if what == "auto" else getattr(torch, what))
+    return load_model(folder, dtype=None if what == "auto" else getattr(torch, what))
 load("float32", find_model("scenes"))
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
 before = resident()[1]

@@ -18,8 +18,3 @@ def recording(name: str) -> Path:
             if folder.is_dir():
                 return folder
     return FIXTURES / name
-
-
-def has_whole(name: str, file: str) -> bool:
-    """Whether the recording `name` has a file that the repository's own may lack."""
-    return (recording(name) / file).is_file()

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from clipflow.errors import ShapeError
 from clipflow.models.blip3o.eva import EVAConfig, EVATower, pooled_grid
+from clipflow.models.blip3o.eva_keys import PREFIXES, eva_config, eva_names
 
 TOLERANCE = 1e-5
 TINY = EVAConfig(
@@ -84,11 +85,36 @@ def test_published_sizes():
     state = tower.state_dict()
     assert len(state) == 772
     assert sum(tensor.numel() for tensor in state.values()) == 4_350_208_256
+    assert eva_config({own: tuple(tensor.shape) for own, tensor in state.items()}) == EVAConfig()
     assert state["pos_embed"].shape == (1, 1025, 1792)
     assert state["blocks.63.attn.qkv.weight"].shape == (3 * 1792, 1792)
     pixels = torch.empty(3, 3, 448, 448, device="meta")
     assert tower(pixels).shape == (3, 1024, 1792)
     assert tower.target(pixels).shape == (3, 1792, 8, 8)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_names_in_published_files(recorded, prefix):
+    """Among others: of a text tower, of what follows the blocks, of Qwen2.5-VL's vision."""
+    state = {own: tuple(tensor.shape) for own, tensor in recorded[0].items()}
+    others = ["text.blocks.0.norm1.weight", f"{prefix}norm.weight", f"{prefix}head.weight"]
+    if "gen_vision_tower" in prefix:
+        others += ["visual.patch_embed.proj.weight", "visual.blocks.0.attn.qkv.weight"]
+    names = eva_names([*(prefix + own for own in state), *others])
+    assert names == {own: prefix + own for own in state}
+    found = eva_config(state)
+    assert (found.image_size, found.patch_size, found.pool) == (112, 14, 4)
+    tower = EVATower(found)
+    assert {own: tuple(tensor.shape) for own, tensor in tower.state_dict().items()} == state
+
+
+def test_files_without_a_tower():
+    names = ["visual.blocks.0.attn.qkv.weight", "model.norm.weight"]
+    assert eva_names(names) == {}
+    with pytest.raises(ValueError, match=r"EVA tower: patch_embed.proj.weight must have 4 dim"):
+        eva_config({})
+    with pytest.raises(ValueError, match=r"width must be one of \[32, 1792\], got 7"):
+        eva_config({"patch_embed.proj.weight": (7, 3, 14, 14)})
 
 
 def test_every_parameter_learns():

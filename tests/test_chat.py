@@ -9,9 +9,9 @@ from tiny_chat import noise_picture as picture
 from tiny_pipeline import tiny_pipeline
 
 from clipflow.errors import InputError, SamplingError, ShapeError
+from clipflow.models.language.reading import Reading
 from clipflow.models.language.token_sampling import TokenSampling, row_dice
 from clipflow.models.unilip.published import unilip_1b_config
-from clipflow.models.unilip.reading import Reading
 from clipflow.pipelines.answers import Answer, AnswerEnd, text_pieces
 from clipflow.pipelines.conversation import conversations_of
 from clipflow.pipelines.generation_defaults import GenerationDefaults
@@ -422,5 +422,5 @@ def test_reading_wants_as_many_pictures_as_there_are_places(pipe):
     features = torch.zeros(2, 4, 64)
     Reading(pipe.model, ids, mask, features, room=1)
     for wrong, pictures in ((features[:1], None), (None, None), (features, torch.tensor([0]))):
-        with pytest.raises(ShapeError, match="image positions for each of"):
+        with pytest.raises(ShapeError, match=r"image positions for \d pictures"):
             Reading(pipe.model, ids, mask, wrong, room=1, pictures=pictures)

@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 import clipflow
 from clipflow.errors import InputError
-from clipflow.models.unilip import pixel_decoder as module
-from clipflow.models.unilip.decoder_memory import WORK_BYTES, choose_parts, decode_bytes
-from clipflow.models.unilip.decoder_tiling import decode_tiled
+from clipflow.models.dc_ae import decoder as module
+from clipflow.models.dc_ae.memory import WORK_BYTES, choose_parts, decode_bytes
+from clipflow.models.dc_ae.tiling import decode_tiled
 
 
 class Peak(TorchDispatchMode):

@@ -18,8 +18,8 @@ from transformers import (
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from unilip_fixture import load_fixture
 
+from clipflow.models.language.reading import Reading
 from clipflow.models.unilip.model import _qwen2_config
-from clipflow.models.unilip.reading import Reading
 from clipflow.pipelines import CLIPFlowPipeline
 from clipflow.pipelines.conversation import conversations_of
 from clipflow.pipelines.tiling import TileSet

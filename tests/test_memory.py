@@ -14,13 +14,13 @@ from tiny_pipeline import tiny_pipeline
 from clipflow import CLIPFlowPipeline
 from clipflow.cli.main import main
 from clipflow.errors import InputError, NotEnoughMemory
-from clipflow.models.unilip import pixel_decoder
-from clipflow.models.unilip.decoder_memory import decode_bytes
+from clipflow.models.dc_ae import decoder as dc_ae_decoder
+from clipflow.models.dc_ae.memory import decode_bytes
 from clipflow.pipelines import offload as offloading
 from clipflow.pipelines import placement
-from clipflow.pipelines.memory_estimate import WEIGHTS
+from clipflow.pipelines.families.unilip import FAMILY
 from clipflow.pipelines.model_folders import find_model
-from clipflow.pipelines.offload import CPU, DECODER, GROUPS, LANGUAGE
+from clipflow.pipelines.offload import CPU, DECODER, LANGUAGE
 from clipflow.sampling import FirstBlockCache, memory
 
 GPU = torch.device("cuda", 0)
@@ -52,7 +52,7 @@ def test_weights_are_those_of_the_parameters(pipe, dtype, tmp_path):
     assert estimate == pipe.memory_estimate(), "a folder and its pipeline need the same"
     assert estimate.total_weights == sum(p.nbytes for p in pipe.model.parameters())
     assert estimate.weights["DiT"] == sum(p.nbytes for p in pipe.model.dit.parameters())
-    resting = [p for group in GROUPS for p in pipe.offload._tensors(group)]
+    resting = [p for group in pipe.offload.groups for p in pipe.offload._tensors(group)]
     queries = pipe.model.latent_queries.nbytes
     buffers = [b for part in ("language_model", "llm_connector")
                for b in getattr(pipe.model, part).buffers()]  # fmt: skip
@@ -99,7 +99,7 @@ def test_conditions_of_edits_are_as_large_as_estimated(pipe, picture):
 
 def test_the_peak_is_made_of_its_parts(pipe):
     estimate = pipe.memory_estimate(tier="fast")
-    assert list(estimate.weights) == list(WEIGHTS)
+    assert list(estimate.weights) == list(FAMILY.shown_parts)
     whole = estimate.total_weights + estimate.kept
     stages = (estimate.language, estimate.sampling, estimate.decode)
     assert estimate.peak == whole + max(stages)
@@ -139,9 +139,7 @@ def test_bad_options_of_an_estimate_are_refused(pipe, case):
 def test_weights_that_do_not_fit_are_not_read(monkeypatch, tmp_path, capsys):
     needed = CLIPFlowPipeline.memory_estimate("scenes").total_weights
     monkeypatch.setattr(memory, "available_bytes", lambda device: needed - 1)
-    monkeypatch.setattr(
-        "clipflow.pipelines.parts.load_unilip", lambda *_, **__: pytest.fail("read")
-    )
+    monkeypatch.setattr("clipflow.pipelines.parts.load_model", lambda *_, **__: pytest.fail("read"))
     with pytest.raises(NotEnoughMemory, match=r"loading scenes needs 0\.02 GiB on cpu, and 0\.02"):
         CLIPFlowPipeline.from_pretrained("scenes")
     assert main(["generate", "a star", "-o", str(tmp_path / "a.png"), "--device", "cpu"]) == 2
@@ -185,11 +183,11 @@ def test_decoding_takes_smaller_parts_before_it_is_refused(pipe, monkeypatch):
         for rows, tile in [(3, None), (1, None), (1, 64)]:
             needed = decode_bytes(whole, 16, 16, rows, tile_size=tile)
             needed += (3 - rows) * 3 * 128 * 128 * 4
-            for module in (memory, pixel_decoder):
+            for module in (memory, dc_ae_decoder):
                 monkeypatch.setattr(module, "available_bytes", lambda device, n=needed: n)
             assert decoder._parts(latents) == (rows, tile)
             torch.testing.assert_close(decoder.decode(latents), wanted, atol=1e-4, rtol=1e-4)
-        for module in (memory, pixel_decoder):
+        for module in (memory, dc_ae_decoder):
             monkeypatch.setattr(module, "available_bytes", lambda device: 2**20)
         monkeypatch.setattr(decoder, "_draw_tiled", lambda *_: pytest.fail("allocated"))
         with pytest.raises(NotEnoughMemory, match="drawing 3 pictures of 128 x 128 pixels needs"):
@@ -214,7 +212,7 @@ class Device:
 
     def __init__(self, pipe, monkeypatch):
         self.moves, self.pipe = [], pipe
-        for group in GROUPS:
+        for group in pipe.offload.groups:
             for tensor in pipe.offload._tensors(group):
                 tensor.data = -tensor.data
         pipe.offload.enable(CPU)
@@ -226,10 +224,11 @@ class Device:
 
     def brought(self):
         """Names of the groups brought since the last time."""
-        sizes = {g: [t.nbytes for t in self.pipe.offload._tensors(g)] for g in GROUPS}
+        groups = self.pipe.offload.groups
+        sizes = {g: [t.nbytes for t in self.pipe.offload._tensors(g)] for g in groups}
         found, moves = [], self.moves
         while moves:
-            group = next(g for g in GROUPS if moves[: len(sizes[g])] == sizes[g])
+            group = next(g for g in groups if moves[: len(sizes[g])] == sizes[g])
             found.append(group)
             moves = moves[len(sizes[group]) :]
         self.moves = []

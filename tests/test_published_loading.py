@@ -21,7 +21,9 @@ from clipflow.models.folders.safetensors_files import SafetensorsFile
 from clipflow.models.unilip import UniLIPModel
 from clipflow.models.unilip.keys import map_names, skipped_names
 from clipflow.models.unilip.published import config_from_published
-from clipflow.pipelines.loading import load_tokenizer, load_unilip, summarize_folder
+from clipflow.pipelines.families.unilip import FAMILY as UNILIP
+from clipflow.pipelines.loading import load_model, load_tokenizer, summarize_folder
+from clipflow.pipelines.tokenizer_files import read_tokenizer
 from clipflow.testing import write_unilip_folder
 from clipflow.testing.published_config import published_config, size_config
 from clipflow.testing.tokenizer_files import write_tokenizer
@@ -146,7 +148,7 @@ class TestKeys:
         facts = json.loads(capsys.readouterr().out)
         assert facts["skipped"] == {"dcae.encoder": 1, "gen_vision_tower": 2}
         assert set(map(tuple, facts["dtypes"].values())) == {("bfloat16",)}
-        assert facts["total"] == sum(p.numel() for p in load_unilip(folder).parameters())
+        assert facts["total"] == sum(p.numel() for p in load_model(folder).parameters())
 
     def test_skipped_may_be_of_any_dtype(self, folder, tmp_path):
         state = load_file(folder / "model.safetensors")
@@ -154,7 +156,7 @@ class TestKeys:
         state["model.gen_vision_tower.b"] = torch.ones(2).to(torch.float8_e4m3fn)
         save_file(state, tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-        load_unilip(tmp_path)
+        load_model(tmp_path)
         assert "vision_tower.embeddings.position_ids" in summarize_folder(tmp_path).skipped
 
     def test_info_refuses_what_does_not_load(self, folder, tmp_path, capsys):
@@ -191,7 +193,7 @@ class TestDtypes:
         assert {p.dtype for p in pipe.model.parameters()} == {torch.float32}
 
     def test_decoder_is_float32_always(self, folder):
-        model = load_unilip(folder, dtype=torch.float16)
+        model = load_model(folder, dtype=torch.float16)
         assert model.vae_decoder.decoder.conv_in.weight.dtype == torch.float32
         assert model.latent_queries.dtype == torch.float16
 
@@ -215,9 +217,9 @@ class TestDtypes:
         state["model.projector.bias"][3] = 1e6
         save_file(state, tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-        load_unilip(tmp_path)
+        load_model(tmp_path)
         with pytest.raises(InputError, match=r"NaN or infinity in model\.projector\.bias$"):
-            load_unilip(tmp_path, dtype=torch.float16)
+            load_model(tmp_path, dtype=torch.float16)
 
 
 class TestWeightFiles:
@@ -278,13 +280,13 @@ class TestTokenizers:
         for form in ("slow", "fast"):
             (tmp_path / form).mkdir()
             write_tokenizer(tmp_path / form, image_token_id=303, form=form)
-            tokenizer = load_tokenizer(tmp_path / form, TINY)
+            tokenizer = load_tokenizer(tmp_path / form, UNILIP, TINY)
             ids.append(tokenizer(self.TEXT)["input_ids"])
             assert tokenizer.decode(ids[-1]) == self.TEXT
         stock = Qwen2Tokenizer.from_pretrained(tmp_path / "slow", local_files_only=True)
         assert ids[0] == ids[1] == stock(self.TEXT)["input_ids"]
         shown = stock.decode(ids[0], skip_special_tokens=True)
-        slow = load_tokenizer(tmp_path / "slow")
+        slow = read_tokenizer(tmp_path / "slow")
         assert slow.decode(ids[0], skip_special_tokens=True) == shown
 
     def test_old_files_alone(self, tmp_path):
@@ -293,10 +295,10 @@ class TestTokenizers:
         added = json.loads((tmp_path / "added_tokens.json").read_text())
         (tmp_path / "added_tokens.json").write_text(json.dumps(added | {"[IMG]": 317}))
         (tmp_path / "tokenizer_config.json").unlink()
-        tokenizer = load_tokenizer(tmp_path, TINY)
+        tokenizer = load_tokenizer(tmp_path, UNILIP, TINY)
         assert tokenizer("[IMG]<img>")["input_ids"] == [317, 301]
         tokenizer.save_pretrained(tmp_path / "saved")
-        again = load_tokenizer(tmp_path / "saved", TINY)
+        again = load_tokenizer(tmp_path / "saved", UNILIP, TINY)
         assert again(self.TEXT)["input_ids"] == tokenizer(self.TEXT)["input_ids"]
 
     @pytest.mark.parametrize(
@@ -310,12 +312,12 @@ class TestTokenizers:
         write_tokenizer(tmp_path, image_token_id=303)
         tokens = dataclasses.replace(TINY.tokens, **change)
         with pytest.raises(InputError, match=message):
-            load_tokenizer(tmp_path, dataclasses.replace(TINY, tokens=tokens))
+            load_tokenizer(tmp_path, UNILIP, dataclasses.replace(TINY, tokens=tokens))
 
     def test_must_fit_into_the_vocabulary(self, tmp_path):
         write_tokenizer(tmp_path, image_token_id=303)
         with pytest.raises(InputError, match=r"below the model's vocabulary of 305, got 312"):
-            load_tokenizer(tmp_path, vary(TINY, "text", vocab_size=305))
+            load_tokenizer(tmp_path, UNILIP, vary(TINY, "text", vocab_size=305))
 
 
 def test_published_models_keep_their_sizes():

@@ -4,18 +4,24 @@ import copy
 
 import pytest
 import torch
-from tiny_dit import CAPTION, inputs_of, make_plan, reference_run, tiny_dit, tiny_spec
+from tiny_dit import CAPTION, DITS, inputs_of, make_plan, reference_run, tiny_dit, tiny_spec
 
 from clipflow import ops
 from clipflow.errors import SamplingError, ShapeError
-from clipflow.models.dits import sana_denoiser
+from clipflow.models.dits import condition_keys
 from clipflow.models.dits.linears import QuantizedLinear
+from clipflow.models.dits.lumina import LuminaTransformer
 from clipflow.sampling.tracing import kernels_of
 
 
 @pytest.fixture(scope="module")
 def dit():
     return tiny_dit()
+
+
+@pytest.fixture(scope="module", params=DITS)
+def each(request):
+    return DITS[request.param]()
 
 
 def error(found, truth):
@@ -27,64 +33,65 @@ def error(found, truth):
     ("samples", "conditions", "guided"),
     [(1, (1, 1), True), (4, (1, 2), True), (3, (3, 3), True), (2, (0, 2), False)],
 )
-def test_a_plan_is_as_exact_as_the_module(dit, solver, samples, conditions, guided):
+def test_a_plan_is_as_exact_as_the_module(each, solver, samples, conditions, guided):
     spec = tiny_spec(samples, conditions, guided=guided, solver=solver)
     scale = 4.5 if guided else 1.0
     noise, null, cond = inputs_of(spec)
-    found = make_plan(dit, spec).run(noise, null, cond, guidance=scale)
-    eager = reference_run(dit, spec, noise, null, cond, scale)
+    found = make_plan(each, spec).run(noise, null, cond, guidance=scale)
+    eager = reference_run(each, spec, noise, null, cond, scale)
     wide = [t.double() for t in null], [t.double() for t in cond]
-    truth = reference_run(copy.deepcopy(dit).double(), spec, noise.double(), *wide, scale)
+    truth = reference_run(copy.deepcopy(each).double(), spec, noise.double(), *wide, scale)
     assert error(found, truth) <= 2 * error(eager, truth) + 1e-7
 
 
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 1.0)])
-def test_null_and_cond_rows_may_attend_together(dit, interval, monkeypatch):
+def test_null_and_cond_rows_may_attend_together(each, interval, monkeypatch):
     spec = tiny_spec(4, (2, 2), guidance_interval=interval)
     noise, null, cond = inputs_of(spec)
-    apart = make_plan(dit, spec).run(noise, null, cond, guidance=3.0)
-    monkeypatch.setattr(sana_denoiser, "attend_together", lambda spec: True)
-    plan = make_plan(dit, spec)
+    apart = make_plan(each, spec).run(noise, null, cond, guidance=3.0)
+    monkeypatch.setattr(condition_keys, "attend_together", lambda spec: True)
+    plan = make_plan(each, spec)
     together = plan.run(noise, null, cond, guidance=3.0)
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
-    kernels, blocks = plan.kernels(), len(dit.transformer_blocks)
-    assert kernels["addmm"] + kernels["mm"] == 6 * blocks
+    kernels, blocks = plan.kernels(), plan.denoiser.depth
+    products = 4 * blocks + 2 if isinstance(each, LuminaTransformer) else 6 * blocks
+    assert kernels["addmm"] + kernels["mm"] == products
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_plan_in_half_precision(dit, dtype):
-    half = copy.deepcopy(dit).to(dtype)
+def test_a_plan_in_half_precision(each, dtype):
+    half = copy.deepcopy(each).to(dtype)
     spec = tiny_spec(dtype=dtype)
     noise, null, cond = inputs_of(spec)
     found = make_plan(half, spec).run(
         noise, [t.to(dtype) for t in null], [t.to(dtype) for t in cond], guidance=2.0
     )
-    truth = reference_run(dit, spec, noise, null, cond, 2.0)
+    truth = reference_run(each, spec, noise, null, cond, 2.0)
     assert found.dtype == torch.float32
     assert error(found, truth.double()) < 3e-2
 
 
-def test_each_sample_has_its_own_guidance(dit):
+def test_each_sample_has_its_own_guidance(each):
     spec = tiny_spec(2, (1, 2))
     noise, null, cond = inputs_of(spec)
-    plan = make_plan(dit, spec)
+    plan = make_plan(each, spec)
     both = plan.run(noise, null, cond, guidance=torch.tensor([1.5, 6.0]))
     torch.testing.assert_close(both[0], plan.run(noise, null, cond, guidance=1.5)[0])
     torch.testing.assert_close(both[1], plan.run(noise, null, cond, guidance=6.0)[1])
     assert not torch.allclose(both[0], plan.run(noise, null, cond, guidance=6.0)[0])
 
 
-def test_no_null_rows_outside_the_guidance_interval(dit):
+def test_no_null_rows_outside_the_guidance_interval(each):
     spec = tiny_spec(2, (1, 2), steps=4, guidance_interval=(0.25, 0.75))
     noise, null, cond = inputs_of(spec)
-    plan, rows = make_plan(dit, spec), []
+    plan, rows = make_plan(each, spec), []
     velocity = plan.denoiser.velocity
     plan.denoiser.velocity = lambda x, k: rows.append(len(x)) or velocity(x, k)
     found = plan.run(noise, null, cond, guidance=3.0)
     assert rows == [2, 4, 4, 2]
 
     # The same by switching the module's guidance off by hand.
-    whole = make_plan(dit, tiny_spec(2, (1, 2), steps=4))
+    whole = make_plan(each, tiny_spec(2, (1, 2), steps=4))
     whole_velocity, step = whole.denoiser.velocity, []
 
     def unguided_outside(x, k):
@@ -137,14 +144,12 @@ def test_conditions_are_prepared_once(dit, monkeypatch):
     assert calls == [1, 2, 2, 1], "a tensor that was written is prepared again"
 
 
-def test_only_attention_allocates_after_the_first_step(dit, monkeypatch):
+def test_only_attention_allocates_after_the_first_step(each, monkeypatch):
     """PyTorch's attention has no out=; with a stand-in that allocates nothing, nothing does."""
     spec = tiny_spec(2, (2, 2), steps=4)
-    plan = make_plan(dit, spec)
+    plan = make_plan(each, spec)
     plan.run(*inputs_of(spec), guidance=2.0)
-    heads = dit.config.num_cross_attention_heads
-    mixed = torch.zeros(2, spec.tokens, heads, 96 // heads)
-    monkeypatch.setattr(ops, "dit_attention", lambda *_, **__: mixed)
+    monkeypatch.setattr(ops, "dit_attention", lambda q, *_, **__: q)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.no_grad(), torch.profiler.profile(activities=activities, profile_memory=True) as log:
         plan._evaluate(1)
@@ -169,9 +174,9 @@ def test_kernels_of_a_step_and_explain(dit):
     assert kernels_of(lambda: torch.ones(2).view(1, 2) + 1) == {"ones": 1, "add": 1}
 
 
-def test_callback_sees_each_step_and_may_replace_the_latents(dit):
+def test_callback_sees_each_step_and_may_replace_the_latents(each):
     spec = tiny_spec(2, (1, 2), steps=3)
-    plan, seen, bar = make_plan(dit, spec), [], []
+    plan, seen, bar = make_plan(each, spec), [], []
 
     def callback(step, timestep, latents):
         seen.append((step, timestep, latents))
@@ -183,9 +188,9 @@ def test_callback_sees_each_step_and_may_replace_the_latents(dit):
     assert not torch.equal(seen[0][2], seen[1][2]), "each step's latents are the callback's own"
 
 
-def test_replaced_latents_are_what_the_model_sees_next(dit):
+def test_replaced_latents_are_what_the_model_sees_next(each):
     spec = tiny_spec(2, (1, 2), steps=3, solver="euler")
-    plan = make_plan(dit, spec)
+    plan = make_plan(each, spec)
     inputs = inputs_of(spec)
     mark = torch.randn(2, *spec.latent_shape)
     seen, velocity = [], plan.denoiser.velocity
@@ -195,9 +200,9 @@ def test_replaced_latents_are_what_the_model_sees_next(dit):
 
 
 @pytest.mark.parametrize("bad_step", [0, 2])
-def test_latents_that_are_not_finite_are_named(dit, bad_step):
+def test_latents_that_are_not_finite_are_named(each, bad_step):
     spec = tiny_spec(2, (1, 2), steps=4, solver="euler")
-    plan = make_plan(dit, spec)
+    plan = make_plan(each, spec)
     velocity = plan.denoiser.velocity
     plan.denoiser.velocity = lambda x, k: velocity(x, k) * (float("nan") if k == bad_step else 1)
     with pytest.raises(SamplingError, match=rf"step {bad_step + 1} of 4.*faithful.*auto"):
@@ -206,10 +211,10 @@ def test_latents_that_are_not_finite_are_named(dit, bad_step):
     assert plan.run(*inputs_of(spec), guidance=2.0).isfinite().all(), "the plan is usable again"
 
 
-def test_wrong_inputs_are_refused(dit):
+def test_wrong_inputs_are_refused(each):
     spec = tiny_spec(2, (1, 2))
     noise, null, cond = inputs_of(spec)
-    plan = make_plan(dit, spec)
+    plan = make_plan(each, spec)
     with pytest.raises(ShapeError, match="noise must be"):
         plan.run(noise[:1], null, cond)
     with pytest.raises(ShapeError, match="conditions"):
@@ -232,19 +237,20 @@ def test_what_a_plan_would_pass_over_is_refused(part):
         dit.denoiser(tiny_spec())
 
 
-def test_the_fast_tier_is_close_and_shares_its_weights(dit):
+def test_the_fast_tier_is_close_and_shares_its_weights(each):
     spec = tiny_spec(2, (1, 2), tier="fast")
     inputs = inputs_of(spec)
-    plan, other = make_plan(dit, spec), make_plan(dit, spec)
-    exact = make_plan(dit, tiny_spec(2, (1, 2)))
-    for each in (plan, exact):
-        each.denoiser.set_condition(*inputs[1:])
+    plan, other = make_plan(each, spec), make_plan(each, spec)
+    exact = make_plan(each, tiny_spec(2, (1, 2)))
+    for one in (plan, exact):
+        one.denoiser.set_condition(*inputs[1:])
     rows = torch.cat([inputs[0], inputs[0]])
     truth = exact.denoiser.velocity(rows, 1).clone()
     distance = error(plan.denoiser.velocity(rows, 1), truth.double())
     assert 1e-5 < distance < 3e-2
     block, same = plan.denoiser.blocks[0], other.denoiser.blocks[0]
-    assert isinstance(block.qkv, QuantizedLinear) and block.qkv is same.qkv
+    first, second = (getattr(b, "qkv", None) or b.inward for b in (block, same))
+    assert isinstance(first, QuantizedLinear) and first is second
     assert not isinstance(block.key_value, QuantizedLinear)
     assert "8-bit weights" in plan.explain() and plan.nbytes > exact.nbytes
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 from tiny_pipeline import tiny_pipeline
 
-from clipflow.errors import ShapeError
+from clipflow.models.language.reading import Reading
 from clipflow.models.language.token_sampling import TokenSampling
-from clipflow.models.unilip.reading import Reading
 from clipflow.pipelines import understanding
 from clipflow.pipelines.answers import Answer, AnswerEnd, make_answers
 from clipflow.pipelines.understanding import label_log_likelihoods, label_trees
@@ -136,7 +135,11 @@ def test_a_tree_is_not_kept(pipe, features):
     torch.testing.assert_close(reading.next_logits[0], wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_a_tree_needs_rows_of_one_length(pipe, features):
+def test_a_tree_after_rows_of_several_lengths(pipe, features):
     reading = read(pipe, features, QUESTIONS)
-    with pytest.raises(ShapeError, match="equally long"):
-        label_log_likelihoods(reading, label_trees(LABELS))
+    assert not reading.kept.even
+    found = label_log_likelihoods(reading, label_trees(LABELS))
+    for row, question in enumerate(QUESTIONS):
+        alone = read(pipe, features[row : row + 1], [question])
+        wanted = label_log_likelihoods(alone, label_trees(LABELS))[0]
+        torch.testing.assert_close(found[row], wanted, atol=1e-5, rtol=1e-5)

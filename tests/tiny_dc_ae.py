@@ -7,7 +7,7 @@ from diffusers import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_dc import Decoder, Encoder
 from torch import Tensor, nn
 
-from clipflow.models.unilip.config import DecoderConfig
+from clipflow.models.dc_ae.config import DecoderConfig
 from clipflow.models.unilip.pixel_decoder import PixelDecoder
 
 BLOCKS = ("ResBlock", "ResBlock", "EfficientViTBlock")

@@ -1,7 +1,8 @@
-"""A small SANA transformer with random weights, and specs of its sampling plans."""
+"""Small transformers with random weights, and specs of their sampling plans."""
 
 import torch
 
+from clipflow.models.dits.lumina import LuminaConfig, LuminaTransformer
 from clipflow.models.dits.sana import SanaConfig, SanaTransformer
 from clipflow.sampling import PlanSpec, SamplingPlan, flow_schedule, sample
 
@@ -27,6 +28,32 @@ def tiny_dit(seed=0, layers=2):
         interpolation_scale=1.0,
     )
     return SanaTransformer(config).eval()
+
+
+def tiny_lumina(seed=0, layers=2, **changes):
+    """With two key heads for four heads; every parameter is random."""
+    torch.manual_seed(seed)
+    values = {
+        "in_channels": CHANNELS,
+        "hidden_size": 96,
+        "num_layers": layers,
+        "num_attention_heads": 4,
+        "num_kv_heads": 2,
+        "intermediate_size": 128,
+        "condition_channels": CAPTION,
+        "patch_size": 1,
+        "norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+    }
+    dit = LuminaTransformer(LuminaConfig(**{**values, **changes})).eval()
+    with torch.no_grad():
+        for parameter in dit.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return dit
+
+
+DITS = {"sana": tiny_dit, "lumina": tiny_lumina}
 
 
 def tiny_spec(samples=2, conditions=(1, 2), steps=3, guided=True, **more):

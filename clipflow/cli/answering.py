@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def add_answer_options(parser: argparse.ArgumentParser, *, tiles: int) -> None:
+def add_answer_options(parser: argparse.ArgumentParser, *, tiles: str) -> None:
     """--max-new-tokens, --tiles, --temperature, --top-p, --top-k, --stop, --seed."""
     group = parser.add_argument_group("answer")
     group.add_argument(
@@ -28,7 +28,6 @@ def add_answer_options(parser: argparse.ArgumentParser, *, tiles: int) -> None:
     group.add_argument(
         "--tiles",
         type=at_least_one,
-        default=tiles,
         metavar="N",
         help=f"see each picture as up to N tiles, by its shape (default: {tiles})",
     )

@@ -18,7 +18,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
     parser.add_argument("question", metavar="QUESTION", type=text)
     parser.add_argument("--stream", action="store_true", help="print the answer as it is made")
-    add_answer_options(parser, tiles=1)
+    add_answer_options(parser, tiles="1, where the model cuts tiles")
     add_model_options(parser)
     parser.set_defaults(run=run)
 
@@ -31,6 +31,9 @@ def run(args: argparse.Namespace) -> int:
     images = [load_image(image) for image in args.images]
     pipe = load_pipeline(args)
     messages = [user_message(images, args.question)]
-    answer = pipe.chat(messages, stream=args.stream, **answer_options(args))
+    options = answer_options(args)
+    if options["max_tiles"] is None:
+        options["max_tiles"] = pipe.reader.ask_tiles
+    answer = pipe.chat(messages, stream=args.stream, **options)
     print_answer(answer)
     return 0

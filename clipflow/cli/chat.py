@@ -22,7 +22,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "images", nargs="*", metavar="IMAGE", help="picture files, shown with the first line"
     )
-    add_answer_options(parser, tiles=12)
+    add_answer_options(parser, tiles="the model's, UniLIP: 12")
     add_model_options(parser)
     parser.set_defaults(run=run)
 

@@ -10,12 +10,9 @@ from typing import TYPE_CHECKING
 from clipflow.cli.arguments import add_command
 
 if TYPE_CHECKING:
-    from clipflow.models.unilip import UniLIPConfig
     from clipflow.pipelines.loading import FolderSummary
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# These stay float32 in every dtype.
-ALWAYS_WIDE = ("clip_down", "decoder")
 # Where a picture is drawn -> what that is called here.
 PLACES = {"cpu": "CPU", "cuda": "GPU", "cuda_offload": "GPU, offloaded"}
 
@@ -37,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
 
     folder = find_model(args.model)
     # Slow; the name is right by now.
-    from clipflow.pipelines.loading import check_unilip, summarize_folder
+    from clipflow.pipelines.loading import check_model, summarize_folder
 
-    check_unilip(folder)
+    check_model(folder)
     facts = collect(folder, summarize_folder(folder))
     print(json.dumps(facts, indent=2) if args.json else format_facts(facts))
     return 0
@@ -48,11 +45,12 @@ def run(args: argparse.Namespace) -> int:
 def collect(folder: Path, summary: FolderSummary) -> dict[str, object]:
     """Architecture, parameters and stored dtypes by part, bytes, and memory for one picture."""
     counts = summary.counts
-    wide = sum(counts[part] for part in ALWAYS_WIDE)
+    wide = sum(counts[part] for part in summary.family.wide)
     rest = sum(counts.values()) - wide
     return {
         "folder": str(folder),
-        "architecture": _architecture(summary.config),
+        "family": summary.family.name,
+        "architecture": summary.family.describe(summary.config),
         "parameters": counts,
         "dtypes": {
             part: sorted(str(dtype).removeprefix("torch.") for dtype in found)
@@ -67,7 +65,7 @@ def collect(folder: Path, summary: FolderSummary) -> dict[str, object]:
 
 
 def format_facts(facts: dict) -> str:
-    lines = [f"model   {facts['folder']}", "", "architecture"]
+    lines = [f"model   {facts['folder']}", f"family  {facts['family']}", "", "architecture"]
     lines += [f"  {part:<16}{text}" for part, text in facts["architecture"].items()]
     lines += ["", "parameters"]
     for part, count in facts["parameters"].items():
@@ -103,20 +101,3 @@ def _memory(folder: Path, tier: str) -> dict[str, dict[str, int]]:
         )
         memory[name] = dict(zip(PLACES, (cpu.peak, cuda.peak, cuda.peak_with_offload), strict=True))
     return memory
-
-
-def _architecture(config: UniLIPConfig) -> dict[str, str]:
-    vision, text, dit, decoder = config.vision, config.text, config.dit, config.decoder
-    side = config.latent_side
-    return {
-        "vision tower": f"InternViT, {vision.num_hidden_layers} layers, {vision.hidden_size} wide, "
-        f"{vision.image_size} px in patches of {vision.patch_size} -> {side * side} tokens",
-        "language model": f"Qwen2, {text.num_hidden_layers} layers, {text.hidden_size} wide, "
-        f"{text.num_attention_heads}/{text.num_key_value_heads} heads, {text.vocab_size} words",
-        "queries": f"{config.n_query}",
-        "connector": f"{config.connect_layer} layers, bidirectional",
-        "DiT": f"SANA, {dit.num_layers} blocks, {dit.hidden_size} wide, {side * side} tokens",
-        "latents": f"{decoder.latent_channels} x {side} x {side}, factor {config.unilip_factor}",
-        "decoder": f"DC-AE, {side * decoder.upscale} px, shown at {config.output_size} px",
-        "guidance": f"{config.default_guidance_scale} by default, flow shift {config.flow_shift}",
-    }

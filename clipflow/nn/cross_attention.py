@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from clipflow import ops
+from clipflow.nn.head_norms import QK_NORM_EPS, norm_heads
 
 
 class CrossAttention(nn.Module):
@@ -15,9 +16,10 @@ class CrossAttention(nn.Module):
         channels: D, the width of the image tokens and of the condition tokens.
         heads: H.
         head_dim: width of one head; the softmax scale is its inverse square root.
+        qk_norm: whether q and k go through an RMSNorm across all heads first (SANA-1.5).
     """
 
-    def __init__(self, channels: int, heads: int, head_dim: int) -> None:
+    def __init__(self, channels: int, heads: int, head_dim: int, *, qk_norm: bool = False) -> None:
         super().__init__()
         inner = heads * head_dim
         self.heads = heads
@@ -25,6 +27,8 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(channels, inner)
         self.to_v = nn.Linear(channels, inner)
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+        self.norm_q = nn.RMSNorm(inner, eps=QK_NORM_EPS) if qk_norm else None
+        self.norm_k = nn.RMSNorm(inner, eps=QK_NORM_EPS) if qk_norm else None
 
     def forward(
         self, tokens: Tensor, condition: Tensor, key_lengths: Tensor | None = None
@@ -40,6 +44,8 @@ class CrossAttention(nn.Module):
         """
         q = self._heads(self.to_q(tokens))
         k, v = self._heads(self.to_k(condition)), self._heads(self.to_v(condition))
+        if self.norm_q is not None:
+            q, k = norm_heads(q, k, self.norm_q, self.norm_k)
         mixed = ops.dit_attention(q, k, v, key_lengths=key_lengths)
         return self.to_out[0](mixed.flatten(2))
 

@@ -11,6 +11,7 @@ Transformers" (2024), section 2.2.
 from torch import Tensor, nn
 
 from clipflow import ops
+from clipflow.nn.head_norms import QK_NORM_EPS, norm_heads
 
 
 class ReLULinearAttention(nn.Module):
@@ -21,9 +22,18 @@ class ReLULinearAttention(nn.Module):
         heads: H.
         head_dim: K.
         eps: added to the denominator.
+        qk_norm: whether q and k go through an RMSNorm across all heads first (SANA-1.5).
     """
 
-    def __init__(self, channels: int, heads: int, head_dim: int, *, eps: float = 1e-15) -> None:
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        head_dim: int,
+        *,
+        eps: float = 1e-15,
+        qk_norm: bool = False,
+    ) -> None:
         super().__init__()
         inner = heads * head_dim
         self.heads, self.eps = heads, eps
@@ -31,6 +41,8 @@ class ReLULinearAttention(nn.Module):
         self.to_k = nn.Linear(channels, inner, bias=False)
         self.to_v = nn.Linear(channels, inner, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(inner, channels)])
+        self.norm_q = nn.RMSNorm(inner, eps=QK_NORM_EPS) if qk_norm else None
+        self.norm_k = nn.RMSNorm(inner, eps=QK_NORM_EPS) if qk_norm else None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Mix `tokens` [B, N, D]; returns [B, N, D] in the same dtype."""
@@ -38,4 +50,6 @@ class ReLULinearAttention(nn.Module):
             project(tokens).unflatten(-1, (self.heads, -1))
             for project in (self.to_q, self.to_k, self.to_v)
         )
+        if self.norm_q is not None:
+            q, k = norm_heads(q, k, self.norm_q, self.norm_k)
         return self.to_out[0](ops.linear_attention(q, k, v, eps=self.eps).flatten(2))

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import torch
 
-from clipflow.models.unilip.config import DecoderConfig, TextConfig, VisionConfig
-from clipflow.models.unilip.decoder_memory import (
+from clipflow.models.dc_ae.memory import (
     DECODE_BUDGET,
     WORK_BYTES,
     choose_parts,
     decode_bytes,
 )
+from clipflow.models.unilip.config import DecoderConfig, TextConfig, VisionConfig
 from clipflow.nn.conv3x3 import BAND_TILES, LEAST, LEAST_REPEATED, SIDE
 
 

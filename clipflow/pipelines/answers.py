@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from clipflow.errors import InputError
+from clipflow.models.language.reading import Reading
 from clipflow.models.language.token_sampling import TokenSampling
-from clipflow.models.unilip.reading import Reading
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from clipflow.errors import InputError
-from clipflow.pipelines.prompts import check_text
 
 
 def is_list(value: object) -> bool:
@@ -19,11 +18,16 @@ def listed(value: object) -> list:
     return values
 
 
-def broadcast(name: str, value: str | Sequence[str] | None, count: int) -> list[str] | list[None]:
+def broadcast(
+    name: str,
+    value: str | Sequence[str] | None,
+    count: int,
+    check: Callable[[str, object], str],
+) -> list[str] | list[None]:
     values = list(value) if is_list(value) else [value] * count
     if len(values) != count:
         raise InputError(f"{name} must be one text or a list of {count}, got {len(values)}")
-    return [text if not text or not text.strip() else check_text(name, text) for text in values]
+    return [text if not text or not text.strip() else check(name, text) for text in values]
 
 
 def paired(images: list, texts: list) -> tuple[list, list]:

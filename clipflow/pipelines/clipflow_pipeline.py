@@ -11,21 +11,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from clipflow.pipelines.arguments import broadcast, listed, paired, positive
+from clipflow.pipelines.families.base import Conditions
 from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.image_processor import postprocess
 from clipflow.pipelines.language import LanguageCalls
-from clipflow.pipelines.offload import DECODER, LANGUAGE
+from clipflow.pipelines.offload import DECODER
 from clipflow.pipelines.options import (
     Generators,
     SamplingOptions,
     StepEndCallback,
     check_output_type,
     each_image,
-    picture_size,
 )
 from clipflow.pipelines.output import CLIPFlowPipelineOutput, Pictures, in_order
-from clipflow.pipelines.prompts import check_text
-from clipflow.pipelines.reconstruction import Canvas
+from clipflow.pipelines.sampler import Run
 from clipflow.sampling import StepCache
 from clipflow.sampling.plan import StepCallback
 
@@ -95,8 +94,9 @@ class CLIPFlowPipeline(LanguageCalls):
             NotEnoughMemory: the pictures do not fit into memory together.
             SamplingError: the model made a latent that is not finite.
         """
-        prompts = [check_text("prompt", text) for text in listed(prompt)]
-        negatives = broadcast("negative_prompt", negative_prompt, len(prompts))
+        self.family.require("__call__", self.model)
+        prompts = [self.prompts.check("prompt", text) for text in listed(prompt)]
+        negatives = broadcast("negative_prompt", negative_prompt, len(prompts), self.prompts.check)
         options = self._options(
             len(prompts),
             num_images_per_prompt,
@@ -115,8 +115,7 @@ class CLIPFlowPipeline(LanguageCalls):
             tier=tier,
             step_cache=step_cache,
         )
-        texts = [*prompts, *(negatives if options.guided else [])]
-        conditions = self.conditions.text_to_image(texts, one_by_one=batch_invariant)
+        conditions = self.family.encode(self, prompts, negatives, None, options)
         pictures, skipped = self._generate(conditions, options)
         return self._output(pictures, return_dict, skipped)
 
@@ -157,9 +156,10 @@ class CLIPFlowPipeline(LanguageCalls):
         Raises:
             InputError: a picture that cannot be read, an empty prompt, an impossible option.
         """
+        self.family.require("edit", self.model)
         images, prompts = paired(listed(image), listed(prompt))
-        prompts = [check_text("prompt", text) for text in prompts]
-        negatives = broadcast("negative_prompt", negative_prompt, len(prompts))
+        prompts = [self.prompts.check("prompt", text) for text in prompts]
+        negatives = broadcast("negative_prompt", negative_prompt, len(prompts), self.prompts.check)
         options = self._options(
             len(prompts),
             num_images_per_prompt,
@@ -179,9 +179,7 @@ class CLIPFlowPipeline(LanguageCalls):
             step_cache=step_cache,
         )
         pixels = self.image_processor(images)
-        texts = [*prompts, *(negatives if options.guided else [])]
-        pixels = torch.cat([pixels] * (len(texts) // len(prompts)))
-        conditions = self.conditions.edit(pixels, texts, one_by_one=batch_invariant)
+        conditions = self.family.encode(self, prompts, negatives, pixels, options)
         pictures, skipped = self._generate(conditions, options)
         return self._output(pictures, return_dict, skipped)
 
@@ -210,20 +208,10 @@ class CLIPFlowPipeline(LanguageCalls):
                 is too small to be padded.
             NotEnoughMemory: the pictures do not fit into memory at that resolution.
         """
+        self.family.require("reconstruct", self.model)
         check_output_type(output_type)
-        images, config = listed(image), self.model.config
-        canvas = Canvas.of(resolution, config)
-        if resolution is not None:
-            canvas.require_memory(len(images), config, self.dtype, self.device)
-        pixels = canvas.pixel_values(images, self.image_processor).to(self.device, self.dtype)
-        with self.offload.running(LANGUAGE):
-            features = self.model.encode_image(pixels).float()
-        with self.offload.running(DECODER):
-            scaled = self.model.clip_down(features) * config.unilip_factor
-            if output_type == "latent":
-                return self._output(scaled, return_dict)
-            decoded = self.model.decode(scaled / config.unilip_factor)
-            return self._output(canvas.pictures(decoded, output_type), return_dict)
+        pictures = self.family.reconstruct(self, listed(image), resolution, output_type)
+        return self._output(pictures, return_dict)
 
     def _options(
         self,
@@ -249,26 +237,22 @@ class CLIPFlowPipeline(LanguageCalls):
         return SamplingOptions(
             num_inference_steps=steps,
             guidance_scales=each_image("guidance_scale", scale, *count),
-            sizes=tuple(picture_size(*pair, self.model.config) for pair in sides),
+            sizes=tuple(self.family.picture_size(*pair, self.model.config) for pair in sides),
             solver=defaults.solver if solver is None else solver,
             tier=self.tier if tier is None else tier,
             **others,
         )
 
     def _generate(
-        self, conditions: Sequence[Tensor], options: SamplingOptions
+        self, conditions: Conditions, options: SamplingOptions
     ) -> tuple[Pictures, tuple[tuple[int, ...], ...]]:
-        """Sample the pictures of each prompt's condition; null conditions follow, if guided.
+        """Sample a picture of each condition, and draw them.
 
         Returns:
             The pictures, and the skipped steps of each; none without a step cache.
         """
-        prompts = len(conditions) // (2 if options.guided else 1)
-        each = options.images // prompts
-        rows = [condition for condition in conditions for _ in range(each)]
-        cond, null = rows[: options.images], rows[options.images :]
         dtype = getattr(torch, self.model.config.noise_dtype)
-        noise = options.noise(self.model.config.decoder.latent_channels, self.device, dtype)
+        noise = options.noise(self.model.config.latent_channels, self.device, dtype)
         runs = self.sampler.runs(options)
         total = len(runs) * options.num_inference_steps
         with tqdm(total=total, **self._progress_bar_config) as bar:
@@ -276,8 +260,8 @@ class CLIPFlowPipeline(LanguageCalls):
                 self.sampler.latents(
                     run,
                     torch.stack([noise[sample] for sample in run.samples]),
-                    null,
-                    cond,
+                    conditions.null,
+                    conditions.cond,
                     options,
                     callback=self._step_callback(options),
                     progress=bar.update,
@@ -293,7 +277,7 @@ class CLIPFlowPipeline(LanguageCalls):
         needs_decoder = options.output_type != "latent"
         with self.offload.running(DECODER) if needs_decoder else nullcontext():
             pictures = [
-                self._pictures(latents, options.output_type, resize=run.size.native and resize)
+                self._pictures(latents, run, options, resize=run.size.native and resize)
                 for run, (latents, _) in zip(runs, sampled, strict=True)
             ]
         return in_order(pictures, [run.samples for run in runs]), (
@@ -311,12 +295,14 @@ class CLIPFlowPipeline(LanguageCalls):
 
         return after_step
 
-    def _pictures(self, latents: Tensor, output_type: str, *, resize: bool = True) -> Pictures:
-        if output_type == "latent":
+    def _pictures(
+        self, latents: Tensor, run: Run, options: SamplingOptions, *, resize: bool
+    ) -> Pictures:
+        if options.output_type == "latent":
             return latents
-        decoded = self.model.decode(latents.float() / self.model.config.unilip_factor)
+        drawn = self.family.draw(self, latents, run.size, options, options.dice(run.samples))
         size = self.model.config.output_size if resize else None
-        return postprocess(decoded, size, output_type)
+        return postprocess(drawn, size, options.output_type)
 
     @staticmethod
     def _output(

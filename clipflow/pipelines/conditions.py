@@ -16,10 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipflow.errors import ShapeError
-from clipflow.models.unilip import UniLIPModel
 from clipflow.pipelines.offload import LANGUAGE, Offload
 from clipflow.pipelines.prompts import Prompts
 from clipflow.sampling.weights import WeightsWatch
@@ -27,15 +26,8 @@ from clipflow.sampling.weights import WeightsWatch
 Key = tuple[Hashable, ...]
 
 MAX_BYTES = 256 * 2**20
-# What a condition is computed by; the vision tower has a part in edits only.
-PARTS = (
-    "vision_tower",
-    "multi_modal_projector",
-    "language_model",
-    "latent_queries",
-    "llm_connector",
-    "projector",
-)
+# In place of a written prompt and the digest of its picture.
+NULL = (None, b"")
 
 
 @dataclass(frozen=True)
@@ -127,16 +119,17 @@ class ConditionEncoder:
 
     def __init__(
         self,
-        model: UniLIPModel,
+        model: nn.Module,
         prompts: Prompts,
-        cache: ConditionCache | None = None,
-        offload: Offload | None = None,
+        parts: Sequence[str],
+        offload: Offload,
     ) -> None:
-        """Encode for `model` what `prompts` writes; what is not given is new."""
+        """Encode for `model` what `prompts` writes; conditions depend on its children `parts`."""
         self.model = model
         self.prompts = prompts
-        self.cache = ConditionCache() if cache is None else cache
-        self._offload = Offload(model) if offload is None else offload
+        self.cache = ConditionCache()
+        self._parts = tuple(parts)
+        self._offload = offload
         self._watch = WeightsWatch(self._parameters)
         self._state = self._watch.state()  # stands for the weights as they are
 
@@ -154,7 +147,8 @@ class ConditionEncoder:
         Raises:
             InputError: a text is longer than the model can read.
         """
-        wanted = [(self.prompts.text_to_image(text), b"") for text in texts]
+        write = self.prompts.text_to_image
+        wanted = [NULL if self._is_constant(text) else (write(text), b"") for text in texts]
 
         def encode(missing: list[int]) -> list[Tensor]:
             return self._encode([wanted[i][0] for i in missing], None)
@@ -183,14 +177,16 @@ class ConditionEncoder:
                 f"{list(pixel_values.shape)}"
             )
         digests = [_digest(picture) for picture in pixel_values]
-        written = [self.prompts.edit(text) for text in texts]
-        wanted = list(zip(written, digests, strict=True))
+        written = [None if self._is_constant(text) else self.prompts.edit(text) for text in texts]
+        wanted = [
+            NULL if text is None else (text, digest)
+            for text, digest in zip(written, digests, strict=True)
+        ]
 
         def encode(missing: list[int]) -> list[Tensor]:
             first = {digests[i]: i for i in reversed(missing)}
             rows = {digest: row for row, digest in enumerate(first)}
-            queries = self.model.latent_queries
-            pictures = pixel_values[list(first.values())].to(queries.device, queries.dtype)
+            pictures = pixel_values[list(first.values())].to(self.model.device, self.model.dtype)
             features = self.model.encode_image(pictures)[[rows[digests[i]] for i in missing]]
             return self._encode([written[i] for i in missing], features)
 
@@ -198,20 +194,25 @@ class ConditionEncoder:
 
     def _through_cache(
         self,
-        wanted: list[tuple[str, bytes]],
+        wanted: list[tuple[str | None, bytes]],
         encode: Callable[[list[int]], list[Tensor]],
         one_by_one: bool,
     ) -> list[Tensor]:
         """The condition of each (written prompt, digest); `encode` those at the missing places."""
         weights = self._weights()
-        found: dict[tuple[str, bytes], Tensor] = {}
-        missing: dict[tuple[str, bytes], int] = {}
+        found: dict[tuple[str | None, bytes], Tensor] = {}
+        missing: dict[tuple[str | None, bytes], int] = {}
         for place, key in enumerate(wanted):
             if key in found or key in missing:
                 continue
             known = self.cache.get((*weights, one_by_one, *key))
-            if known is None:
+            if known is None and key == NULL:
+                found[key] = self.model.null_condition()
+                self.cache.put((*weights, one_by_one, *key), found[key])
+            elif known is None:
                 missing[key] = place
+            elif key == NULL:
+                found[key] = known
             else:
                 self.prompts.ids(key[0])  # warns of unknown words in every call
                 found[key] = known
@@ -225,16 +226,20 @@ class ConditionEncoder:
         return [found[key] for key in wanted]
 
     def _encode(self, texts: list[str], features: Tensor | None) -> list[Tensor]:
-        queries = self.model.latent_queries
-        ids, mask = self.prompts.rows(texts, queries.device)
+        ids, mask = self.prompts.rows(texts, self.model.device)
         condition = self.model.encode_condition(ids, mask, features)
         # Copies: a view would keep the rows of the whole batch.
         rows = zip(condition.hidden, condition.mask, strict=True)
         return [hidden[real] for hidden, real in rows]
 
+    def _is_constant(self, text: str | None) -> bool:
+        """Whether `text` stands for the null condition of a family in which that is a constant."""
+        blank = text is None or not text.strip()
+        return blank and self.model.null_condition() is not None
+
     def _weights(self) -> Key:
         """Names the state of the weights, and the autocast dtype; drops what older ones made."""
-        device = self.model.latent_queries.device.type
+        device = self.model.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         now = self._watch.state()
         if now is not self._state:
@@ -250,7 +255,7 @@ class ConditionEncoder:
         self._watch.accept()
 
     def _parameters(self) -> list[Tensor]:
-        parts = [getattr(self.model, name) for name in PARTS]
+        parts = [getattr(self.model, name) for name in self._parts]
         lists = [[p] if isinstance(p, Tensor) else list(p.parameters()) for p in parts]
         return self._offload.at_rest([p for parameters in lists for p in parameters])
 

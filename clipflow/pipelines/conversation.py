@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from clipflow.errors import InputError
@@ -16,6 +16,7 @@ MOST_SHOWN = 40  # characters of a text, in an error
 #  {"type": "text", "text": str} and {"type": "image", "image": ImageInput}}
 Message = Mapping[str, object]
 Messages = Sequence[Message]
+Check = Callable[[str, object], str]  # as `check_text`
 
 
 @dataclass
@@ -36,8 +37,10 @@ class Conversation:
         return cls([("user", [None, question])], [image])
 
     @classmethod
-    def of_messages(cls, messages: Messages, name: str = "messages") -> Conversation:
-        """Check `messages`; `name` is how errors call them.
+    def of_messages(
+        cls, messages: Messages, name: str = "messages", check: Check = check_text
+    ) -> Conversation:
+        """Check `messages`; `name` is how errors call them, `check` what checks their texts.
 
         Raises:
             InputError: they are no list of messages, one of them is malformed, or the last one is
@@ -49,22 +52,22 @@ class Conversation:
             )
         conversation = cls()
         for index, message in enumerate(messages):
-            conversation._add(message, f"{name}[{index}]")
+            conversation._add(message, f"{name}[{index}]", check)
         last = conversation.turns[-1][0]
         if last != "user":
             raise InputError(f"{name} must end with a message of the user, got {last!r}")
         return conversation
 
-    def write(self, prompts: Prompts, tiles: Sequence[int]) -> str:
-        """The prompt; `tiles` says how many each picture has."""
-        counts = iter(tiles)
+    def write(self, prompts: Prompts, sizes: Sequence[int]) -> str:
+        """The prompt; `sizes` are those of the pictures, as `Prompts.picture` counts them."""
+        counts = iter(sizes)
         turns = []
         for role, parts in self.turns:
-            texts = [prompts.image(next(counts)) + "\n" if p is None else p for p in parts]
+            texts = [prompts.picture(next(counts)) if part is None else part for part in parts]
             turns.append((role, "".join(texts)))
         return prompts.chat(turns)
 
-    def _add(self, message: Message, name: str) -> None:
+    def _add(self, message: Message, name: str, check: Check) -> None:
         if not isinstance(message, Mapping):
             raise InputError(f"{name} must be a dict of role and content, got {_shown(message)}")
         unknown = [key for key in message if key not in ("role", "content")]
@@ -85,12 +88,12 @@ class Conversation:
         if not isinstance(content, (list, tuple)) or not content:
             raise InputError(f"{name}: content must be a text or a list, got {_shown(content)}")
         parts = [
-            self._part(part, role, f"{name}: content[{index}]")
+            self._part(part, role, f"{name}: content[{index}]", check)
             for index, part in enumerate(content)
         ]
         self.turns.append((role, parts))
 
-    def _part(self, part: object, role: str, name: str) -> str | None:
+    def _part(self, part: object, role: str, name: str, check: Check) -> str | None:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if not isinstance(kind, str) or kind not in ("text", "image"):
             found = _shown(part if kind is None else kind)
@@ -99,7 +102,7 @@ class Conversation:
             found = ", ".join(map(repr, part))
             raise InputError(f"{name} of type {kind!r} must have the key {kind!r}, got {found}")
         if kind == "text":
-            return check_text(name, part["text"])
+            return check(name, part["text"])
         if role != "user":
             raise InputError(
                 f"{name}: only a user's message may have pictures, got one of {role!r}"
@@ -108,7 +111,9 @@ class Conversation:
         return None
 
 
-def conversations_of(messages: Messages | Sequence[Messages]) -> tuple[list[Conversation], bool]:
+def conversations_of(
+    messages: Messages | Sequence[Messages], check: Check = check_text
+) -> tuple[list[Conversation], bool]:
     """The conversations in `messages`, and whether it is a list of several.
 
     Raises:
@@ -120,9 +125,10 @@ def conversations_of(messages: Messages | Sequence[Messages]) -> tuple[list[Conv
         and all(isinstance(one, (list, tuple)) for one in messages)
     )
     if not several:
-        return [Conversation.of_messages(messages)], False
+        return [Conversation.of_messages(messages, check=check)], False
     return [
-        Conversation.of_messages(one, f"messages[{index}]") for index, one in enumerate(messages)
+        Conversation.of_messages(one, f"messages[{index}]", check)
+        for index, one in enumerate(messages)
     ], True
 
 

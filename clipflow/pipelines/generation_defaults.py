@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from clipflow.errors import InputError
-from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.pipelines.arguments import positive
 from clipflow.pipelines.options import check_guidance, check_solver, check_steps
 
 FILE_NAME = "generation_config.json"
-DEFAULT_STEPS = 20
-DEFAULT_SOLVER = "dpmpp_2m"
 MAX_NEW_TOKENS, POSITIONS_PER_NEW_TOKEN = 512, 16
 
 
@@ -29,8 +26,10 @@ class GenerationDefaults:
     eos_token_ids: tuple[int, ...] = ()  # that end an answer, besides the model's end of turn
 
     @classmethod
-    def from_folder(cls, folder: Path | None, config: UniLIPConfig) -> GenerationDefaults:
-        """Read the file of `folder`; keys that are not there have the library's defaults.
+    def from_folder(
+        cls, folder: Path | None, config: Any, *, steps: int = 20, solver: str = "dpmpp_2m"
+    ) -> GenerationDefaults:
+        """Read the file of `folder`; `steps` and `solver` where it does not say.
 
         Raises:
             InputError: the file is no JSON object, or a value is senseless.
@@ -38,8 +37,8 @@ class GenerationDefaults:
         values = _read_json(folder / FILE_NAME) if folder else {}
         defaults = cls(
             guidance_scale=values.get("default_guidance_scale", config.default_guidance_scale),
-            num_inference_steps=values.get("default_num_inference_steps", DEFAULT_STEPS),
-            solver=values.get("default_solver", DEFAULT_SOLVER),
+            num_inference_steps=values.get("default_num_inference_steps", steps),
+            solver=values.get("default_solver", solver),
             max_new_tokens=values.get("max_new_tokens", _new_tokens(config)),
             eos_token_ids=_token_ids(values.get("eos_token_id"), config),
         )
@@ -61,13 +60,13 @@ class GenerationDefaults:
         return json.dumps(values, indent=2) + "\n"
 
 
-def _new_tokens(config: UniLIPConfig) -> int:
+def _new_tokens(config: Any) -> int:
     """The longest answer of a model that does not say: a small part of what it can read."""
     positions = config.text.max_position_embeddings
     return min(MAX_NEW_TOKENS, max(1, positions // POSITIONS_PER_NEW_TOKEN))
 
 
-def _token_ids(value: object, config: UniLIPConfig) -> tuple[int, ...]:
+def _token_ids(value: object, config: Any) -> tuple[int, ...]:
     """The ids in an "eos_token_id": a number, a list of them, or null."""
     ids = [] if value is None else value if isinstance(value, list) else [value]
     size = config.text.vocab_size

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from clipflow.errors import InputError
-from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.models.unilip.pixel_decoder import resize_pictures
 from clipflow.pipelines.image_io import ImageInput, load_image
 from clipflow.pipelines.output import Pictures
@@ -23,6 +23,14 @@ FILE_NAME = "preprocessor_config.json"
 CROPS = ("none", "before", "after")
 # Longer pictures are cut to this many times their shorter side before they are resized.
 MOST_ASPECT = 16
+
+
+class PictureConfig(Protocol):
+    """What a configuration says of the pictures that a model sees."""
+
+    image_size: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +61,11 @@ class ImageProcessor:
             raise InputError(f"crop must be one of {', '.join(CROPS)}, got {self.crop!r}")
 
     @classmethod
-    def from_config(cls, config: UniLIPConfig) -> ImageProcessor:
+    def from_config(cls, config: PictureConfig) -> ImageProcessor:
         return cls(size=config.image_size, mean=config.image_mean, std=config.image_std)
 
     @classmethod
-    def from_folder(cls, folder: Path, config: UniLIPConfig) -> ImageProcessor:
+    def from_folder(cls, folder: Path, config: PictureConfig) -> ImageProcessor:
         """Read `preprocessor_config.json`; where it is missing, the model's own configuration.
 
         Raises:
@@ -83,7 +91,7 @@ class ImageProcessor:
         found._check(config, path)
         return found
 
-    def _check(self, config: UniLIPConfig, path: Path) -> None:
+    def _check(self, config: PictureConfig, path: Path) -> None:
         if self.size != config.image_size:
             raise InputError(f"{path}: size must be {config.image_size}, got {self.size}")
         numbers = [*self.mean, *self.std]

@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import torch
-
 from clipflow.errors import InputError
 from clipflow.models.language.token_sampling import Generators, TokenSampling, row_dice
-from clipflow.models.unilip.reading import Reading
 from clipflow.pipelines.answers import Answer, AnswerEnd, make_answers, stop_texts, text_pieces
 from clipflow.pipelines.arguments import is_list, listed, paired, positive
 from clipflow.pipelines.conversation import Conversation, Messages, conversations_of
 from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.offload import LANGUAGE
-from clipflow.pipelines.parts import UniLIPParts
-from clipflow.pipelines.prompts import LABEL_QUESTION, check_text
-from clipflow.pipelines.tiling import TileSet
+from clipflow.pipelines.parts import PipelineParts
+from clipflow.pipelines.prompts import LABEL_QUESTION
 from clipflow.pipelines.understanding import label_log_likelihoods, label_trees
 
 Text = str | list[str] | Iterator[str]
@@ -34,7 +30,7 @@ class Choice(NamedTuple):
     generator: Generators
 
 
-class LanguageCalls(UniLIPParts):
+class LanguageCalls(PipelineParts):
     """The calls of a pipeline that end in the language model."""
 
     def chat(
@@ -42,7 +38,7 @@ class LanguageCalls(UniLIPParts):
         messages: Messages | Sequence[Messages],
         *,
         max_new_tokens: int | None = None,
-        max_tiles: int = 12,
+        max_tiles: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -60,7 +56,8 @@ class LanguageCalls(UniLIPParts):
                 none; an empty one leaves it out.
             max_new_tokens: longest answer; the model's default when not given.
             max_tiles: a picture is seen as up to so many tiles of the model's size, by its shape,
-                and once as a whole; 1 squashes it into a single one.
+                and once as a whole (UniLIP: 12); 1 squashes it into a single one. Families that
+                see pictures at their own size have no tiles.
             temperature: 0 takes the likeliest token always; higher is more random.
             top_p: draw from the likeliest tokens that together have this probability.
             top_k: draw from so many of the likeliest tokens; 0 is all.
@@ -77,13 +74,15 @@ class LanguageCalls(UniLIPParts):
                 be, or a conversation too long for the model with its answer.
             SamplingError: the model made a logit that is not finite.
         """
-        conversations, several = conversations_of(messages)
+        self.family.require("chat", self.model)
+        conversations, several = conversations_of(messages, self.prompts.check)
         choice = self._choice(max_new_tokens, temperature, top_p, top_k, stop, generator)
         if stream and several:
             raise InputError(
                 f"stream=True must have one conversation, got a list of {len(messages)}"
             )
-        answers = self._answers(conversations, max_tiles, choice, stream=stream)
+        tiles = self.reader.chat_tiles if max_tiles is None else max_tiles
+        answers = self._answers(conversations, tiles, choice, stream=stream)
         return answers[0] if isinstance(answers, list) and not several else answers
 
     def ask(
@@ -92,7 +91,7 @@ class LanguageCalls(UniLIPParts):
         question: str | Sequence[str],
         *,
         max_new_tokens: int | None = None,
-        max_tiles: int = 1,
+        max_tiles: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -105,7 +104,8 @@ class LanguageCalls(UniLIPParts):
         Args:
             image: a picture or a list: paths, PIL images, arrays or tensors.
             question: one for all pictures or one for each (a single picture may have several).
-            max_tiles: 1, the default, is fast: the whole picture at the model's own size.
+            max_tiles: as of `chat`, but 1 when not given, which is fast: the whole picture at the
+                model's own size.
             stream: yield pieces of text that join to the answer; a single question only.
 
         The other arguments are those of `chat`.
@@ -117,15 +117,17 @@ class LanguageCalls(UniLIPParts):
             InputError: a picture that cannot be read, an empty question, lists that do not match,
                 or as `chat`.
         """
+        self.family.require("ask", self.model)
         images, questions = paired(listed(image), listed(question))
         conversations = [
-            Conversation.of_question(one, check_text("question", text))
+            Conversation.of_question(one, self.prompts.check("question", text))
             for one, text in zip(images, questions, strict=True)
         ]
         choice = self._choice(max_new_tokens, temperature, top_p, top_k, stop, generator)
         if stream and len(questions) != 1:
             raise InputError(f"stream=True must have one question, got {len(questions)}")
-        answers = self._answers(conversations, max_tiles, choice, stream=stream)
+        tiles = self.reader.ask_tiles if max_tiles is None else max_tiles
+        answers = self._answers(conversations, tiles, choice, stream=stream)
         several = is_list(image) or is_list(question)
         return answers[0] if isinstance(answers, list) and not several else answers
 
@@ -152,11 +154,12 @@ class LanguageCalls(UniLIPParts):
         Raises:
             InputError: a picture that cannot be read, no labels or an empty one.
         """
+        self.family.require("classify", self.model)
         if isinstance(labels, str) or not labels:
             raise InputError(f"labels must be a list of at least one text, got {labels!r}")
-        stop = self.model.config.tokens.im_end
-        ids = [[*self.prompts.ids(check_text("label", text)), stop] for text in labels]
-        check_text("question", question)
+        stop = self.reader.end_of_turn
+        ids = [[*self.prompts.ids(self.prompts.check("label", text)), stop] for text in labels]
+        self.prompts.check("question", question)
         trees = label_trees(ids)
         room = max(len(tree.tokens) for tree in trees)
         images = listed(image)
@@ -165,7 +168,7 @@ class LanguageCalls(UniLIPParts):
             some = images[first : first + PICTURES_AT_ONCE]
             asked = [Conversation.of_question(image_, question) for image_ in some]
             with self.offload.running(LANGUAGE):
-                reading = self._read(asked, max_tiles=1, room=room)
+                reading = self.reader.read(asked, max_tiles=None, room=room)
                 scores = label_log_likelihoods(reading, trees)
             for chances in scores.softmax(-1).tolist():
                 pairs = zip(labels, chances, strict=True)
@@ -184,7 +187,7 @@ class LanguageCalls(UniLIPParts):
         """The checked options of one call."""
         limit = self.defaults.max_new_tokens if max_new_tokens is None else max_new_tokens
         end = AnswerEnd(
-            tokens=frozenset({self.model.config.tokens.im_end, *self.defaults.eos_token_ids}),
+            tokens=frozenset({self.reader.end_of_turn, *self.defaults.eos_token_ids}),
             texts=stop_texts(stop),
             max_new_tokens=positive("max_new_tokens", limit),
         )
@@ -192,30 +195,23 @@ class LanguageCalls(UniLIPParts):
         return Choice(sampling, end, generator)
 
     def _answers(
-        self, conversations: Sequence[Conversation], max_tiles: int, choice: Choice, *, stream: bool
+        self,
+        conversations: Sequence[Conversation],
+        max_tiles: int | None,
+        choice: Choice,
+        *,
+        stream: bool,
     ) -> list[str] | Iterator[str]:
         """The answer of each conversation, or the pieces of the single one's."""
-        positive("max_tiles", max_tiles)
         sampling, end, generator = choice
         dice = row_dice(None if sampling.greedy else generator, len(conversations))
         answers = [Answer(self.tokenizer, end) for _ in conversations]
         with self.offload.running(LANGUAGE):
-            reading = self._read(conversations, max_tiles=max_tiles, room=end.max_new_tokens)
+            room = end.max_new_tokens
+            reading = self.reader.read(conversations, max_tiles=max_tiles, room=room)
             steps = make_answers(reading, answers, sampling, dice)
             if stream:
                 return text_pieces(answers[0], self.offload.while_running(LANGUAGE, steps))
             for _ in steps:
                 pass
         return [answer.text for answer in answers]
-
-    @torch.no_grad()
-    def _read(self, conversations: Sequence[Conversation], *, max_tiles: int, room: int) -> Reading:
-        tiles = TileSet(self.image_processor, max_tiles)
-        counts = [tiles.add(conversation.images) for conversation in conversations]
-        pairs = zip(conversations, counts, strict=True)
-        texts = [conversation.write(self.prompts, count) for conversation, count in pairs]
-        ids, mask = self.prompts.rows(texts, self.device, following=room)
-        places = [place for of_picture in tiles.places for place in of_picture]
-        features = self.tile_encoder.encode(tiles) if tiles.tiles else None
-        pictures = torch.tensor(places, dtype=torch.int64)
-        return Reading(self.model, ids, mask, features, room=room, pictures=pictures)

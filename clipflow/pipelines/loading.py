@@ -1,4 +1,4 @@
-"""Read the parts of a model folder."""
+"""Read the parts of a model folder, whatever its family."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from clipflow.errors import InputError
 from clipflow.models.folders.checkpoint import open_weights, read_config
 from clipflow.models.folders.loading import name_weights, open_model
-from clipflow.models.unilip import UniLIPConfig, UniLIPModel
-from clipflow.models.unilip.keys import skipped_names
-from clipflow.models.unilip.loading import FORMAT, read_unilip_config
-from clipflow.models.unilip.sizes import count_shapes, part_of
-from clipflow.pipelines.tokenizer_files import check_tokenizer, read_tokenizer
-
-# Parts that are float32 in every dtype.
-WIDE = ("clip_down", "decoder")
+from clipflow.models.folders.parts import count_shapes, part_of
+from clipflow.pipelines.families import family_of_folder
+from clipflow.pipelines.families.base import Family
+from clipflow.pipelines.tokenizer_files import read_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +28,15 @@ class FolderSummary:
     """What the headers of a model folder say.
 
     Attributes:
+        family: of the model.
         config: of the model.
-        counts: parameters of each part of `clipflow.models.unilip.sizes`.
+        counts: parameters of each of the family's parts.
         dtypes: part -> dtypes that it is stored in, each with its number of parameters.
         skipped: what the files hold besides the model -> number of tensors.
     """
 
-    config: UniLIPConfig
+    family: Family
+    config: Any
     counts: Mapping[str, int]
     dtypes: Mapping[str, Mapping[torch.dtype, int]]
     skipped: Mapping[str, int]
@@ -45,59 +45,43 @@ class FolderSummary:
     def dtype(self) -> torch.dtype:
         """That `dtype="auto"` means: as stored, and where parts differ the one that holds all.
 
-        The decoder is left out, as it is float32 always.
+        Parts that are float32 always are left out.
         """
-        stored = [d for part, found in self.dtypes.items() if part not in WIDE for d in found]
+        wide = self.family.wide
+        stored = [d for part, found in self.dtypes.items() if part not in wide for d in found]
         return reduce(torch.promote_types, stored) if stored else torch.float32
 
 
-def load_unilip(
+def load_model(
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-) -> UniLIPModel:
-    """The model in a folder, its weights straight in `dtype` on `device`; the decoder is float32.
+) -> nn.Module:
+    """The model in a folder, its weights straight in `dtype` on `device`.
 
     Args:
         folder: of the model.
-        dtype: of all but the decoder; of each weight as stored when not given.
+        dtype: of all but what is float32 always; of each weight as stored when not given.
         device: where the weights go.
 
     Raises:
         InputError: config.json or the weights are broken, or do not belong together.
     """
+    family = family_of_folder(folder)
     with _one_line(folder):
-        return UniLIPModel.from_pretrained(folder, dtype=dtype, device=device)
+        return family.model_class.from_pretrained(folder, dtype=dtype, device=device)
 
 
-def check_unilip(folder: Path) -> None:
-    """Refuse a folder that `load_unilip` would refuse, but for the values of its weights.
+def check_model(folder: Path) -> None:
+    """Refuse a folder that `load_model` would refuse, but for the values of its weights.
 
     Raises:
         InputError: config.json or the weights are broken, or do not belong together.
     """
+    family = family_of_folder(folder)
     with _one_line(folder):
-        open_model(UniLIPModel, folder, FORMAT)
-
-
-def read_unilip_folder(folder: Path) -> UniLIPConfig:
-    """The configuration of the model in a folder; of the weights only the headers are read.
-
-    Raises:
-        InputError: config.json or the weights are broken.
-    """
-    return summarize_folder(folder).config
-
-
-def read_unilip_sizes(folder: Path) -> tuple[UniLIPConfig, Mapping[str, int]]:
-    """The configuration and the parameters of each part, from the headers of the weights.
-
-    Raises:
-        InputError: config.json or the weights are broken.
-    """
-    summary = summarize_folder(folder)
-    return summary.config, summary.counts
+        open_model(family.model_class, folder, family.folder_format)
 
 
 def summarize_folder(folder: Path) -> FolderSummary:
@@ -106,21 +90,23 @@ def summarize_folder(folder: Path) -> FolderSummary:
     Raises:
         InputError: config.json or the weights are broken.
     """
+    family = family_of_folder(folder)
     with _one_line(folder):
         values, weights = read_config(folder), open_weights(folder)
-        names, shapes = name_weights(weights, FORMAT)
+        names, shapes = name_weights(weights, family.folder_format)
         dtypes: dict[str, dict[torch.dtype, int]] = {}
         for own, found in names.items():
-            part, dtype = part_of(own), weights.dtypes[found]
+            part, dtype = part_of(own, family.parts), weights.dtypes[found]
             if part is None:
-                continue  # `load_unilip` names all that is unknown
+                continue  # `load_model` names all that is unknown
             held = dtypes.setdefault(part, {})
             held[dtype] = held.get(dtype, 0) + math.prod(shapes[own])
         return FolderSummary(
-            config=read_unilip_config(values, shapes),
-            counts=count_shapes(shapes),
+            family=family,
+            config=family.folder_format.read_config(values, shapes),
+            counts=count_shapes(shapes, family.parts),
             dtypes=dtypes,
-            skipped=skipped_names(weights.shapes),
+            skipped=family.skipped_names(weights.shapes),
         )
 
 
@@ -134,17 +120,17 @@ def _one_line(folder: Path) -> Iterator[None]:
         raise InputError(f"{folder}: the model cannot be read: {text}") from error
 
 
-def load_tokenizer(folder: Path, config: UniLIPConfig | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, family: Family, config: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, from tokenizer.json or from vocab.json and merges.txt.
 
     Args:
         folder: of the model.
-        config: of the model, which the tokenizer must agree with; not checked when not given.
+        family: of the model.
+        config: of the model, which the tokenizer must agree with.
 
     Raises:
         InputError: a file is missing or broken, or the special tokens are not the model's.
     """
     tokenizer = read_tokenizer(folder)
-    if config is not None:
-        check_tokenizer(tokenizer, config, folder)
+    family.check_tokenizer(tokenizer, config, folder)
     return tokenizer

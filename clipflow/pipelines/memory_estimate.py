@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,8 +20,8 @@ from clipflow.errors import InputError
 from clipflow.models.dits.linears import can_quantize
 from clipflow.models.dits.sana import SanaConfig, SanaTransformer
 from clipflow.models.dits.sana_quantized import quantized_bytes
+from clipflow.models.folders.parts import count_shapes
 from clipflow.models.unilip.config import UniLIPConfig
-from clipflow.models.unilip.sizes import parameter_counts
 from clipflow.pipelines.activations import (
     decode_activations,
     decoder_kernels,
@@ -30,7 +30,7 @@ from clipflow.pipelines.activations import (
 )
 from clipflow.pipelines.arguments import positive
 from clipflow.pipelines.generation_defaults import GenerationDefaults
-from clipflow.pipelines.loading import read_unilip_sizes
+from clipflow.pipelines.loading import summarize_folder
 from clipflow.pipelines.model_folders import find_model
 from clipflow.pipelines.options import (
     PictureSize,
@@ -38,26 +38,19 @@ from clipflow.pipelines.options import (
     check_solver,
     check_steps,
     check_tier,
-    picture_size,
 )
 from clipflow.pipelines.sampler import LENGTH_STEP
-from clipflow.sampling import PlanSpec, StepCache, flow_schedule
+from clipflow.sampling import FlowSchedule, PlanSpec, StepCache
 from clipflow.sampling.loop import SamplingLoop
 
 if TYPE_CHECKING:
-    from clipflow.pipelines.parts import UniLIPParts
+    from clipflow.pipelines.families.base import Family
+    from clipflow.pipelines.parts import PipelineParts
 
 PROMPT_TOKENS = 64
 CPU = torch.device("cpu")
-# What is shown -> the parts of `clipflow.models.unilip.sizes` that it holds.
-WEIGHTS = {
-    "vision tower": ("vision tower",),
-    "language model": ("language model", "lm_head"),
-    "connector": ("projector", "queries", "connector"),
-    "DiT": ("DiT",),
-    "decoder": ("clip_down", "decoder"),
-}
-LANGUAGE_WEIGHTS = ("vision tower", "language model", "connector")
+# What a family shows of its weights beside those of the language side.
+DIT, DECODER = "DiT", "decoder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +58,8 @@ class MemoryEstimate:
     """Bytes that a pipeline holds in one call.
 
     Attributes:
-        weights: of "vision tower", "language model", "connector" (with queries and projectors),
-            "DiT" and "decoder" (float32 always).
+        weights: of the parts that the family shows; "DiT" and "decoder" are among them, all others
+            read prompts.
         quantized_weights: of the DiT's 8-bit copies in the fast tier.
         decoder_kernels: what the decoder keeps of its weights in another form, on CPUs.
         conditions: of the prompts, kept for the next call.
@@ -93,7 +86,7 @@ class MemoryEstimate:
     @property
     def resting_weights(self) -> int:
         """Of the parts that wait on the CPU when the model is offloaded."""
-        return self.total_weights - self.weights["DiT"]
+        return self.total_weights - self.weights[DIT]
 
     @property
     def variable(self) -> int:
@@ -113,9 +106,10 @@ class MemoryEstimate:
     @property
     def peak_with_offload(self) -> int:
         """The same on the device with `enable_model_cpu_offload`."""
-        language = sum(self.weights[part] for part in LANGUAGE_WEIGHTS) + self.language
-        decode = self.weights["decoder"] + self.decode
-        return self.weights["DiT"] + self.kept + max(language, self.sampling, decode)
+        drawing = self.weights[DIT] + self.weights[DECODER]
+        language = self.total_weights - drawing + self.language
+        decode = self.weights[DECODER] + self.decode
+        return self.weights[DIT] + self.kept + max(language, self.sampling, decode)
 
     def as_dict(self) -> dict[str, object]:
         """All numbers under their names, for JSON."""
@@ -176,23 +170,22 @@ class CallShape:
         """Different null prompts; those of edits show the pictures."""
         return (self.prompts if self.edit else 1) if self.guided else 0
 
-    def positions(self, config: UniLIPConfig) -> int:
+    def positions(self, config: Any) -> int:
         """What the language model reads of each prompt: its tokens, a picture's, the queries."""
         picture = config.latent_side**2 if self.edit else 0
         return self.prompt_tokens + picture + config.n_query
 
-    def spec(self, config: UniLIPConfig) -> PlanSpec:
+    def spec(self, config: Any, schedule: FlowSchedule, condition_tokens: int) -> PlanSpec:
         """Of the plan that the call runs; on the meta device, where nothing takes memory."""
-        schedule = flow_schedule(self.steps, shift=config.flow_shift)
         return PlanSpec(
             sigmas=tuple(schedule.sigmas.tolist()),
             timesteps=tuple(schedule.timesteps.tolist()),
             solver=self.solver,
             samples=self.images,
             guided=self.guided,
-            latent_shape=(config.decoder.latent_channels, *self.size[:2]),
+            latent_shape=(config.latent_channels, *self.size[:2]),
             conditions=(self.nulls, self.prompts),
-            condition_length=-(-self.positions(config) // LENGTH_STEP) * LENGTH_STEP,
+            condition_length=-(-condition_tokens // LENGTH_STEP) * LENGTH_STEP,
             dtype=self.dtype,
             device=torch.device("meta"),
             tier=self.tier,
@@ -200,18 +193,23 @@ class CallShape:
         )
 
 
-def weight_bytes(counts: Mapping[str, int], dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of the `WEIGHTS` of a model with `counts` parameters in each part."""
-    wide = {"decoder": torch.float32.itemsize}
+def weight_bytes(family: Family, counts: Mapping[str, int], dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of what `family` shows of a model with `counts` parameters in each part."""
     return {
-        shown: sum(counts[part] for part in parts) * wide.get(shown, dtype.itemsize)
-        for shown, parts in WEIGHTS.items()
+        shown: sum(
+            counts[part] * (torch.float32 if part in family.wide else dtype).itemsize
+            for part in parts
+        )
+        for shown, parts in family.shown_parts.items()
     }
 
 
-def estimate(config: UniLIPConfig, counts: Mapping[str, int], call: CallShape) -> MemoryEstimate:
-    """Memory of `call` for a model of `config` with `counts` parameters in each part."""
-    spec = call.spec(config)
+def unilip_estimate(
+    family: Family, config: UniLIPConfig, counts: Mapping[str, int], call: CallShape
+) -> MemoryEstimate:
+    """Memory of `call` for a UniLIP of `config` with `counts` parameters in each part."""
+    schedule = family.schedule(config, call.steps)
+    spec = call.spec(config, schedule, call.positions(config))
     dit = _without_memory(config.dit)
     quantized = call.tier == "fast" and _multiplies_in_8_bits(call.device)
     rows, positions = call.prompts + call.nulls, call.positions(config)
@@ -220,11 +218,11 @@ def estimate(config: UniLIPConfig, counts: Mapping[str, int], call: CallShape) -
         language = max(language, vision_activations(config.vision, call.prompts, call.dtype))
     shape = (call.images, *call.size[:2])
     return MemoryEstimate(
-        weights=weight_bytes(counts, call.dtype),
+        weights=weight_bytes(family, counts, call.dtype),
         quantized_weights=quantized_bytes(dit, call.device) if quantized else 0,
         decoder_kernels=decoder_kernels(config.decoder, shape) if call.device == CPU else 0,
         conditions=rows * positions * config.dit.caption_channels * call.dtype.itemsize,
-        plan=dit.plan_bytes(spec) + _loop_bytes(spec),
+        plan=dit.plan_bytes(spec) + loop_bytes(spec),
         language=language,
         sampling=2 * spec.rows * spec.tokens * config.dit.hidden_size * call.dtype.itemsize,
         decode=decode_activations(config.decoder, shape, call.device),
@@ -268,10 +266,12 @@ def folder_estimate(
         InputError: there is no such model, its folder is broken, or an option cannot be.
     """
     folder = find_model(name)
-    config, counts = read_unilip_sizes(folder)
-    defaults = GenerationDefaults.from_folder(folder, config)
-    return estimate(config, counts, _call(
-        config, defaults, images=num_images, prompts=num_prompts, height=height, width=width,
+    summary = summarize_folder(folder)
+    family, config = summary.family, summary.config
+    defaults = family.generation_defaults(folder, config)
+    return family.estimate(config, summary.counts, _call(
+        family, config, defaults, images=num_images, prompts=num_prompts, height=height,
+        width=width,
         steps=num_inference_steps, scale=guidance_scale, solver=solver, edit=edit,
         step_cache=step_cache,
         prompt_tokens=prompt_tokens, dtype=dtype, tier=tier, device=torch.device(device),
@@ -279,7 +279,7 @@ def folder_estimate(
 
 
 def pipeline_estimate(
-    pipeline: UniLIPParts,
+    pipeline: PipelineParts,
     *,
     num_images: int = 1,
     num_prompts: int = 1,
@@ -300,9 +300,10 @@ def pipeline_estimate(
     Raises:
         InputError: an option cannot be.
     """
-    config = pipeline.model.config
-    return estimate(config, parameter_counts(pipeline.model), _call(
-        config, pipeline.defaults, images=num_images, prompts=num_prompts, height=height,
+    family, config = pipeline.family, pipeline.model.config
+    shapes = {name: p.shape for name, p in pipeline.model.named_parameters()}
+    return family.estimate(config, count_shapes(shapes, family.parts), _call(
+        family, config, pipeline.defaults, images=num_images, prompts=num_prompts, height=height,
         width=width, steps=num_inference_steps, scale=guidance_scale, solver=solver, edit=edit,
         step_cache=step_cache,
         prompt_tokens=prompt_tokens, dtype=pipeline.dtype, tier=tier or pipeline.tier,
@@ -314,13 +315,14 @@ class MemoryEstimator:
     """The method `memory_estimate`: of the class `folder_estimate`, of a pipeline its own."""
 
     def __get__(
-        self, pipeline: UniLIPParts | None, owner: type[UniLIPParts]
+        self, pipeline: PipelineParts | None, owner: type[PipelineParts]
     ) -> Callable[..., MemoryEstimate]:
         return folder_estimate if pipeline is None else partial(pipeline_estimate, pipeline)
 
 
 def _call(
-    config: UniLIPConfig,
+    family: Family,
+    config: Any,
     defaults: GenerationDefaults,
     *,
     images: int,
@@ -345,7 +347,7 @@ def _call(
     return CallShape(
         images=images,
         prompts=prompts,
-        size=picture_size(height, width, config),
+        size=family.picture_size(height, width, config),
         steps=steps,
         solver=solver,
         guided=scale != 1.0,
@@ -359,7 +361,7 @@ def _without_memory(config: SanaConfig) -> SanaTransformer:
         return SanaTransformer(config)
 
 
-def _loop_bytes(spec: PlanSpec) -> int:
+def loop_bytes(spec: PlanSpec) -> int:
     loop = SamplingLoop(
         spec.table,
         (spec.samples, *spec.latent_shape),

@@ -7,7 +7,7 @@ pipeline is. Whatever runs the other parts does it in `with offload.running(...)
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -22,17 +22,6 @@ T = TypeVar("T")
 
 CPU = torch.device("cpu")
 LANGUAGE, DECODER = "language", "decoder"
-GROUPS = {
-    LANGUAGE: (
-        "vision_tower",
-        "multi_modal_projector",
-        "language_model",
-        "lm_head",
-        "llm_connector",
-        "projector",
-    ),
-    DECODER: ("vae_decoder",),
-}
 
 
 class Offload:
@@ -42,16 +31,18 @@ class Offload:
     dropped, and nothing is copied back. Threads that run a part at the same time share it.
 
     Args:
-        model: whose children `GROUPS` names.
+        model: of any family.
+        groups: LANGUAGE and DECODER -> the model's children that belong there.
 
     Attributes:
         device: where parts run; None while offloading is off, which it is at first.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, groups: Mapping[str, Sequence[str]]) -> None:
         self._model = model
+        self.groups = groups
         self._lock = threading.RLock()
-        self._users = dict.fromkeys(GROUPS, 0)
+        self._users = dict.fromkeys(groups, 0)
         self._away: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
         self.device: torch.device | None = None
 
@@ -63,7 +54,7 @@ class Offload:
         """
         with self._lock:
             self.check_idle()
-            tensors = [tensor for group in GROUPS for tensor in self._tensors(group)]
+            tensors = [tensor for group in self.groups for tensor in self._tensors(group)]
             new = sum(tensor.nbytes for tensor in tensors if tensor.device != CPU)
             require_bytes(new, CPU, "offloading")
             for tensor in tensors:
@@ -141,7 +132,7 @@ class Offload:
 
     def _tensors(self, group: str) -> list[Tensor]:
         found: dict[int, Tensor] = {}
-        for name in GROUPS[group]:
+        for name in self.groups[group]:
             part = getattr(self._model, name)
             if part is not None:
                 found |= {id(t): t for t in (*part.parameters(), *part.buffers())}

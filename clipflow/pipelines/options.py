@@ -15,7 +15,6 @@ from torch import Tensor
 
 from clipflow.errors import InputError
 from clipflow.models.language.token_sampling import Generators
-from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.pipelines.arguments import is_list
 from clipflow.pipelines.output import OUTPUT_RESOLUTIONS, OUTPUT_TYPES
 from clipflow.sampling import SOLVERS, TIERS, StepCache
@@ -96,6 +95,12 @@ class SamplingOptions:
         """Whether any picture has null rows."""
         return any(scale != 1.0 for scale in self.guidance_scales)
 
+    def dice(self, samples: Sequence[int]) -> Generators:
+        """The generators of some of the pictures; the one of all where they share it."""
+        if isinstance(self.generator, Sequence):
+            return [self.generator[sample] for sample in samples]
+        return self.generator
+
     def noise(self, channels: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """Starting latents of each picture, [C, h, w] float32: those given, or drawn.
 
@@ -137,26 +142,6 @@ def each_image(name: str, value: object, prompts: int, images_per_prompt: int) -
         f"{name} must be one, or a list of {prompts} (one for each prompt) or {images} (one for "
         f"each image), got a list of {len(value)}"
     )
-
-
-def picture_size(height: int | None, width: int | None, config: UniLIPConfig) -> PictureSize:
-    """The size of a picture of `height` x `width` pixels; None for both is the native size.
-
-    Raises:
-        InputError: a side is not a multiple of the decoder's factor.
-    """
-    if height is None and width is None:
-        return PictureSize(config.latent_side, config.latent_side, native=True)
-    factor = config.decoder.upscale
-    sides = []
-    for name, side in (("height", height), ("width", width)):
-        whole = isinstance(side, int) and not isinstance(side, bool)
-        if not whole or side < factor or side % factor:
-            raise InputError(
-                f"{name} must be a multiple of {factor} pixels, at least {factor}, got {side!r}"
-            )
-        sides.append(side // factor)
-    return PictureSize(sides[0], sides[1], native=False)
 
 
 def check_steps(steps: int) -> None:

@@ -1,53 +1,48 @@
-"""What every pipeline of a UniLIP model shares: its parts, folders, device and progress bar."""
+"""What every call of a pipeline shares: the model's parts, folders, device and progress bar."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from clipflow.errors import InputError
-from clipflow.models.unilip import UniLIPModel
-from clipflow.models.unilip.loading import materialize_rotary
 from clipflow.pipelines.conditions import ConditionCache, ConditionEncoder
+from clipflow.pipelines.families import family_of_model
 from clipflow.pipelines.generation_defaults import FILE_NAME as GENERATION_FILE
 from clipflow.pipelines.generation_defaults import GenerationDefaults
-from clipflow.pipelines.image_io import ImageInput, write_atomically
+from clipflow.pipelines.image_io import write_atomically
 from clipflow.pipelines.image_processor import FILE_NAME as PROCESSOR_FILE
 from clipflow.pipelines.image_processor import ImageProcessor
-from clipflow.pipelines.loading import (
-    load_tokenizer,
-    load_unilip,
-    read_unilip_folder,
-    summarize_folder,
-)
+from clipflow.pipelines.loading import load_model, load_tokenizer, summarize_folder
 from clipflow.pipelines.memory_estimate import MemoryEstimator
 from clipflow.pipelines.model_folders import find_model
-from clipflow.pipelines.offload import LANGUAGE, Offload
+from clipflow.pipelines.offload import DECODER, LANGUAGE, Offload
 from clipflow.pipelines.options import check_tier
 from clipflow.pipelines.placement import execution_device, should_offload
-from clipflow.pipelines.prompts import Prompts
 from clipflow.pipelines.sampler import Sampler
-from clipflow.pipelines.tile_features import TileEncoder
 from clipflow.sampling import PlanCache
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
 
 
-class UniLIPParts:
-    """A UniLIP model with its tokenizer, image processor and defaults."""
+class PipelineParts:
+    """A model of any family with its tokenizer, image processor and defaults.
+
+    Attributes:
+        family: what is the model's own way of doing things.
+    """
 
     memory_estimate = MemoryEstimator()
 
     def __init__(
         self,
-        model: UniLIPModel,
+        model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         *,
         image_processor: ImageProcessor | None = None,
@@ -56,16 +51,19 @@ class UniLIPParts:
     ) -> None:
         """Put a pipeline together from its parts; `from_pretrained` reads them from a folder."""
         check_tier(tier)
+        self.family = family = family_of_model(model)
         self.model = model.eval()
         self.tier = tier
         self.tokenizer = tokenizer
-        self.image_processor = image_processor or ImageProcessor.from_config(model.config)
-        self.defaults = defaults or GenerationDefaults.from_folder(None, model.config)
-        self.prompts = Prompts(tokenizer, model.config)
-        self.offload = Offload(self.model)
-        self.conditions = ConditionEncoder(self.model, self.prompts, offload=self.offload)
-        self.tile_encoder = TileEncoder(self.model, self.offload)
-        self.sampler = Sampler(self.model)
+        self.image_processor = image_processor or family.image_processor(None, model.config)
+        self.defaults = defaults or family.generation_defaults(None, model.config)
+        self.prompts = family.prompts(tokenizer, model.config)
+        self.offload = Offload(model, {LANGUAGE: family.language, DECODER: family.decoder})
+        self.conditions = ConditionEncoder(
+            model, self.prompts, family.condition_parts, self.offload
+        )
+        self.sampler = Sampler(model, family.schedule)
+        self.reader = family.reader(self)
         self._progress_bar_config: dict[str, object] = {}
 
     @classmethod
@@ -100,13 +98,14 @@ class UniLIPParts:
         dtype = _weight_dtype(folder, dtype)
         device = torch.device(device or "cpu")
         offloaded = should_offload(folder, device, dtype, tier, offload)
-        config = read_unilip_folder(folder)
-        others = {  # quick to refuse, so before the weights
-            "tokenizer": load_tokenizer(folder, config),
-            "image_processor": ImageProcessor.from_folder(folder, config),
-            "defaults": GenerationDefaults.from_folder(folder, config),
+        summary = summarize_folder(folder)
+        family, config = summary.family, summary.config
+        others: dict[str, Any] = {  # quick to refuse, so before the weights
+            "tokenizer": load_tokenizer(folder, family, config),
+            "image_processor": family.image_processor(folder, config),
+            "defaults": family.generation_defaults(folder, config),
         }
-        model = load_unilip(folder, dtype=dtype, device="cpu" if offloaded else device)
+        model = load_model(folder, dtype=dtype, device="cpu" if offloaded else device)
         pipeline = cls(model, tier=tier, **others)
         if offloaded:
             pipeline.enable_model_cpu_offload(device)
@@ -132,8 +131,8 @@ class UniLIPParts:
 
     @property
     def feature_cache(self) -> ConditionCache:
-        """CLIP features of the pictures asked about last, by tile: as `condition_cache`."""
-        return self.tile_encoder.cache
+        """Features of the pictures asked about last: as `condition_cache`."""
+        return self.reader.cache
 
     @property
     def plans(self) -> PlanCache:
@@ -142,11 +141,11 @@ class UniLIPParts:
 
     @property
     def device(self) -> torch.device:
-        return self.model.latent_queries.device
+        return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.latent_queries.dtype
+        return self.model.dtype
 
     def to(
         self,
@@ -166,12 +165,13 @@ class UniLIPParts:
         self.offload.check_idle()
         if device is not None:
             self.offload.disable()
+        decoder = self.family.decoder
         for name, part in self.model.named_children():
-            part.to(device=device, dtype=torch.float32 if name == "vae_decoder" else dtype)
-        queries = self.model.latent_queries
-        queries.data = queries.data.to(device=device, dtype=dtype)
+            part.to(device=device, dtype=torch.float32 if name in decoder else dtype)
+        for parameter in self.model.parameters(recurse=False):
+            parameter.data = parameter.data.to(device=device, dtype=dtype)
         # Rotary tables in half precision would turn late positions by the wrong angle.
-        materialize_rotary(self.model, self.device)
+        self.family.finish(self.model, self.device)
         return self
 
     def enable_model_cpu_offload(self, device: str | torch.device | None = None) -> None:
@@ -192,17 +192,12 @@ class UniLIPParts:
         with self.conditions.kept() if device == self.device else nullcontext():
             self.offload.enable(device)
         self.model.dit.to(device)
-        queries = self.model.latent_queries
-        queries.data = queries.data.to(device)
+        for parameter in self.model.parameters(recurse=False):
+            parameter.data = parameter.data.to(device)
 
     def set_progress_bar_config(self, **config: object) -> None:
         """Options of the tqdm bar of later calls, e.g. `disable=True`."""
         self._progress_bar_config = config
-
-    def _features(self, images: Sequence[ImageInput]) -> Tensor:
-        pixels = self.image_processor(images).to(self.device, self.dtype)
-        with self.offload.running(LANGUAGE):
-            return self.model.encode_image(pixels)
 
 
 def _weight_dtype(folder: Path, dtype: torch.dtype | str | None) -> torch.dtype:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from clipflow.errors import InputError
-from clipflow.pipelines.loading import read_unilip_sizes
-from clipflow.pipelines.memory_estimate import folder_estimate, weight_bytes
+from clipflow.pipelines.loading import summarize_folder
+from clipflow.pipelines.memory_estimate import DIT, folder_estimate, weight_bytes
 from clipflow.pipelines.offload import CPU
 from clipflow.sampling.memory import available_bytes, require_bytes
 
@@ -40,8 +40,9 @@ def should_offload(
         estimate = folder_estimate(folder, dtype=dtype, tier=tier, device=device)
         free = available_bytes(device)
         offload = free is not None and estimate.peak_with_offload <= free < estimate.peak
-    weights = weight_bytes(read_unilip_sizes(folder)[1], dtype)
-    staying = weights["DiT"] if offload else sum(weights.values())
+    summary = summarize_folder(folder)
+    weights = weight_bytes(summary.family, summary.counts, dtype)
+    staying = weights[DIT] if offload else sum(weights.values())
     require_bytes(staying, device, f"loading {folder.name}")
     require_bytes(sum(weights.values()) - staying, CPU, f"loading {folder.name}")
     return offload

@@ -1,14 +1,14 @@
-"""Prompt templates and token rows of a UniLIP model.
+"""Prompts: what the templates of all families share, and token rows of them.
 
-Source: the templates UniLIP was trained with (ChatML turns, no system message for pictures), and
-InternVL's conversations.
+Source: OpenAI's ChatML, which Qwen's language models were trained with.
 """
 
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,19 +18,8 @@ from clipflow.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from clipflow.models.unilip.config import UniLIPConfig
-
-IMAGE_TOKEN = "<IMG_CONTEXT>"
-# In a user's text these would be read as structure of the prompt.
-RESERVED = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<img>",
-    "</img>",
-    IMAGE_TOKEN,
-    "<image>",
-)
+# In a user's text these would be read as structure of the prompt, whatever the family.
+MARKERS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 LABEL_QUESTION = "describe the picture"
 
 
@@ -38,30 +27,41 @@ class UnknownWordWarning(UserWarning):
     """A prompt has words that the model's tokenizer does not know."""
 
 
-class Prompts:
-    """Writes the model's prompts and turns them into left-padded token rows."""
+class Prompts(ABC):
+    """Writes the prompts of a family's models and turns them into left-padded token rows.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: UniLIPConfig) -> None:
+    Attributes:
+        reserved: markers that no user's text may have.
+    """
+
+    reserved: ClassVar[tuple[str, ...]] = MARKERS
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+        """Write for the model of `config`, which has `system_message`, `n_query`, `tokens.pad` and
+        `text.max_position_embeddings`.
+        """
         self.tokenizer = tokenizer
         self.config = config
 
+    @abstractmethod
     def text_to_image(self, prompt: str | None) -> str:
-        """The turn that asks for a picture; None or blank text is the null prompt."""
-        text = f"Generate an image: {prompt}" if _given(prompt) else "Generate an image."
-        return _turn(text) + "<img>"
+        """The conversation that asks for a picture; None or blank text is the null prompt."""
 
+    @abstractmethod
     def edit(self, instruction: str | None) -> str:
-        """The turn that asks for an edit of the picture in it; None or blank is the null prompt."""
-        text = f"Edit the image: {instruction}" if _given(instruction) else "Edit the image."
-        return _turn(f"{text}\n{self.image()}") + "<img>"
+        """The conversation that asks for an edit of the picture in it; None or blank is no wish."""
+
+    @abstractmethod
+    def picture(self, size: int | None = None) -> str:
+        """The place of a picture before a user's words.
+
+        `size` is how much of it the model sees, in the family's own unit; None is what it sees of
+        a picture that is to be edited.
+        """
 
     def question(self, text: str) -> str:
-        """The conversation that asks about a picture of one tile."""
-        return self.chat([("user", f"{self.image()}\n{text}")])
-
-    def image(self, tiles: int = 1) -> str:
-        """The place of a picture of so many tiles."""
-        return f"<img>{IMAGE_TOKEN * (tiles * self.config.latent_side**2)}</img>"
+        """The conversation that asks about a picture of the native size."""
+        return self.chat([("user", self.picture() + text)])
 
     def chat(self, turns: Sequence[tuple[str, str]]) -> str:
         """The conversation of `turns` (role, text), up to where the assistant answers.
@@ -73,6 +73,10 @@ class Prompts:
             turns = [("system", self.config.system_message), *turns]
         said = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns if text]
         return "".join(said) + "<|im_start|>assistant\n"
+
+    def check(self, name: str, value: object) -> str:
+        """`check_text` with the family's markers."""
+        return check_text(name, value, self.reserved)
 
     def rows(
         self, texts: Sequence[str], device: torch.device, *, following: int | None = None
@@ -116,7 +120,7 @@ class Prompts:
         return ids
 
 
-def check_text(name: str, value: object) -> str:
+def check_text(name: str, value: object, reserved: Sequence[str] = MARKERS) -> str:
     """Refuse what is no text, blank, or would be read as structure of the prompt.
 
     Raises:
@@ -126,15 +130,12 @@ def check_text(name: str, value: object) -> str:
         raise InputError(f"{name} must be a text, got {type(value).__name__}")
     if not value.strip():
         raise InputError(f"{name} must not be empty")
-    for marker in RESERVED:
+    for marker in reserved:
         if marker in value:
             raise InputError(f"{name} must not contain the marker {marker!r}")
     return value
 
 
-def _given(text: str | None) -> bool:
+def is_given(text: str | None) -> bool:
+    """Whether there is a text, and not only blanks."""
     return text is not None and bool(text.strip())
-
-
-def _turn(text: str) -> str:
-    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"

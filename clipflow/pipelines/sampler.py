@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from clipflow.models.unilip import UniLIPModel
 from clipflow.pipelines.options import PictureSize, SamplingOptions
 from clipflow.registry import chosen_backend
-from clipflow.sampling import PlanCache, PlanSpec, flow_schedule
+from clipflow.sampling import FlowSchedule, PlanCache, PlanSpec
 from clipflow.sampling.plan import StepCallback
 
 # Plans make room for conditions in steps of this many tokens, so that few plans serve all prompts.
@@ -32,12 +32,17 @@ class Run:
 class Sampler:
     """Draws the latents of pipeline calls for one model.
 
+    Args:
+        model: of any family.
+        schedule: (configuration, steps) -> the family's noise levels and model times.
+
     Attributes:
         plans: `clipflow.sampling.PlanCache` of the model's diffusion transformer.
     """
 
-    def __init__(self, model: UniLIPModel) -> None:
+    def __init__(self, model: nn.Module, schedule: Callable[[Any, int], FlowSchedule]) -> None:
         self.model = model
+        self._schedule = schedule
         self.plans = PlanCache(model.dit)
 
     def runs(self, options: SamplingOptions) -> list[Run]:
@@ -86,8 +91,7 @@ class Sampler:
     def _spec(
         self, run: Run, null: list[Tensor], cond: list[Tensor], options: SamplingOptions
     ) -> PlanSpec:
-        shift = self.model.config.flow_shift
-        schedule = flow_schedule(options.num_inference_steps, shift=shift)
+        schedule = self._schedule(self.model.config, options.num_inference_steps)
         longest = max(len(tensor) for tensor in [*null, *cond])
         return PlanSpec(
             sigmas=tuple(schedule.sigmas.tolist()),
@@ -96,11 +100,11 @@ class Sampler:
             samples=len(run.samples),
             guided=run.guided,
             guidance_interval=options.guidance_interval,
-            latent_shape=(self.model.config.decoder.latent_channels, *run.size[:2]),
+            latent_shape=(self.model.config.latent_channels, *run.size[:2]),
             conditions=(len(null), len(cond)),
             condition_length=-(-longest // LENGTH_STEP) * LENGTH_STEP,
-            dtype=self.model.latent_queries.dtype,
-            device=self.model.latent_queries.device,
+            dtype=self.model.dtype,
+            device=self.model.device,
             tier=options.tier,
             step_cache=options.step_cache,
             backend=chosen_backend(),

@@ -8,12 +8,11 @@ of a conversation.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from clipflow.models.unilip import UniLIPModel
 from clipflow.pipelines.conditions import ConditionCache
 from clipflow.pipelines.offload import LANGUAGE, Offload
 from clipflow.pipelines.tiling import TileSet
@@ -21,7 +20,6 @@ from clipflow.sampling.weights import WeightsWatch
 
 MAX_BYTES = 64 * 2**20
 PIXELS_AT_ONCE = 8 * 448**2  # through the vision tower
-PARTS = ("vision_tower", "multi_modal_projector")
 
 
 class TileEncoder:
@@ -31,9 +29,10 @@ class TileEncoder:
         cache: features of the tiles used last, [N, H] each.
     """
 
-    def __init__(self, model: UniLIPModel, offload: Offload) -> None:
+    def __init__(self, model: nn.Module, offload: Offload, parts: Sequence[str]) -> None:
         self.cache = ConditionCache(MAX_BYTES)
         self._model = model
+        self._parts = tuple(parts)
         self._offload = offload
         self._watch = WeightsWatch(self._parameters)
         self._state = self._watch.state()  # stands for the weights as they are
@@ -46,21 +45,20 @@ class TileEncoder:
         found = [self.cache.get(key) for key in keys]
         missing = [place for place, features in enumerate(found) if features is None]
         some = max(1, PIXELS_AT_ONCE // processor.size**2)
-        queries = self._model.latent_queries
         with self._offload.running(LANGUAGE):
             for start in range(0, len(missing), some):
                 places = missing[start : start + some]
                 pixels = processor([tiles.tiles[place] for place in places])
-                new = self._model.encode_image(pixels.to(queries.device, queries.dtype))
+                new = self._model.encode_image(pixels.to(self._model.device, self._model.dtype))
                 for place, features in zip(places, new, strict=True):
                     found[place] = features.clone()  # a view would keep all of them
                     self.cache.put(keys[place], found[place])
         # Offloading changes the device and not the weights.
-        return torch.stack([features.to(queries.device) for features in found])
+        return torch.stack([features.to(self._model.device) for features in found])
 
     def _weights(self) -> tuple[Hashable, ...]:
         """Names the state of the weights, and the autocast dtype; drops what older ones made."""
-        device = self._model.latent_queries.device.type
+        device = self._model.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         now = self._watch.state()
         if now is not self._state:
@@ -69,5 +67,5 @@ class TileEncoder:
         return now, autocast
 
     def _parameters(self) -> list[Tensor]:
-        parts = [getattr(self._model, name) for name in PARTS]
+        parts = [getattr(self._model, name) for name in self._parts]
         return self._offload.at_rest([p for part in parts for p in part.parameters()])

@@ -14,7 +14,6 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from clipflow.errors import InputError
-from clipflow.models.unilip.config import UniLIPConfig
 
 FAST_FILE = "tokenizer.json"
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
@@ -46,19 +45,29 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     )
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: UniLIPConfig, folder: Path) -> None:
+def check_tokenizer(
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: Mapping[str, int],
+    optional: Mapping[str, int],
+    vocab_size: int,
+    folder: Path,
+) -> None:
     """Refuse a tokenizer that is not the one the model was trained with.
 
+    Args:
+        tokenizer: of the model in `folder`.
+        wanted: token -> id that the model's configuration says.
+        optional: the same of tokens that it may lack; -1 where the model has none.
+        vocab_size: of the model.
+        folder: for messages.
+
     Raises:
-        InputError: <img>, <IMG_CONTEXT> or, if it has it, </img> or <|im_end|> is not one token
-            with the model's id, or ids reach beyond the model's vocabulary.
+        InputError: one of them is not one token with the model's id, or ids reach beyond the
+            model's vocabulary.
     """
     ids = tokenizer.get_vocab()
-    tokens = config.tokens
-    wanted = {"<img>": tokens.img_start, "<IMG_CONTEXT>": tokens.img_context}
-    optional = {"</img>": tokens.img_end, "<|im_end|>": tokens.im_end}
-    wanted |= {token: own for token, own in optional.items() if own >= 0 and token in ids}
-    for token, own in wanted.items():
+    known = {token: own for token, own in optional.items() if own >= 0 and token in ids}
+    for token, own in {**wanted, **known}.items():
         found = ids.get(token)
         if found == own:
             found = tokenizer(token, add_special_tokens=False)["input_ids"]
@@ -69,10 +78,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: UniLIPConfig, fo
             f"config.json says, got {'no such token' if found is None else found}"
         )
     largest = max(ids.values())
-    if largest >= config.text.vocab_size:
+    if largest >= vocab_size:
         raise InputError(
             f"{folder}: the tokenizer's ids must be below the model's vocabulary of "
-            f"{config.text.vocab_size}, got {largest}"
+            f"{vocab_size}, got {largest}"
         )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from clipflow.models.unilip.reading import Reading
+from clipflow.models.language.reading import Reading
 
 TREE_TOKENS = 512  # read beside each other after a prompt
 LOGITS_AT_ONCE = 2**23  # numbers, in float64
@@ -70,7 +70,7 @@ def label_log_likelihoods(reading: Reading, trees: Sequence[LabelTree]) -> Tenso
     """Log-likelihood of each label as the whole answer to the prompts of `reading`.
 
     Args:
-        reading: prompts of one length, with room for the largest tree.
+        reading: prompts, with room for the largest tree.
         trees: token ids of the labels, each ending with the end-of-turn token, so that "a red star"
             is not a mere beginning of a longer answer.
 
@@ -98,7 +98,7 @@ def _edge_log_likelihoods(reading: Reading, tree: LabelTree) -> Tensor:
         states = torch.cat([states, read], dim=1)
     nodes, tokens = torch.tensor(list(tree.edges)).T.to(device)
     scores = states.new_empty(len(states), len(tokens), dtype=torch.float64)
-    at_once = max(1, LOGITS_AT_ONCE // (len(states) * reading.model.config.text.vocab_size))
+    at_once = max(1, LOGITS_AT_ONCE // (len(states) * reading.vocab_size))
     for first in range(0, states.shape[1], at_once):
         logits = reading.model.head(states[:, first : first + at_once]).float().double()
         here = (nodes >= first) & (nodes < first + at_once)

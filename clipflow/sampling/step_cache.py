@@ -56,9 +56,9 @@ class FirstBlockCache:
             )
         _check_whole("FirstBlockCache: warm_up", self.warm_up, 1)
 
-    def elements(self, spec: PlanSpec, channels: int) -> int:
-        """Numbers that the cache keeps for a model of `channels` channels."""
-        return 3 * spec.rows * spec.tokens * channels
+    def elements(self, spec: PlanSpec, stream: int) -> int:
+        """Numbers that the cache keeps for a model whose residual stream has `stream`."""
+        return 3 * stream
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class TaylorForecast:
         _check_whole("TaylorForecast: warm_up", self.warm_up, 1)
         _check_whole("TaylorForecast: cool_down", self.cool_down, 1)
 
-    def elements(self, spec: PlanSpec, channels: int) -> int:
-        """Numbers that the cache keeps; `channels` of the model do not matter."""
+    def elements(self, spec: PlanSpec, stream: int) -> int:
+        """Numbers that the cache keeps; those of the residual stream do not matter."""
         return (self.order + 2) * spec.rows * spec.latent_shape[0] * spec.tokens
 
 

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class ConditionKeys:
     Args:
         blocks: how many blocks the transformer has.
         count: U.
-        heads, channels: H and D of the attention.
+        heads, channels: of the keys, H and D.
         spec: of the plan; room is made for its condition length.
     """
 
@@ -46,7 +46,7 @@ class ConditionKeys:
     def set(
         self,
         conditions: Sequence[Tensor],
-        embed: Callable[[Tensor], Tensor],
+        embed: Callable[[Tensor, Tensor], Tensor],
         projections: Sequence[Callable[[Tensor, Tensor], Tensor]],
     ) -> None:
         """Compute keys and values of `conditions`, each [L, channels]; nothing if they are as set.
@@ -54,8 +54,9 @@ class ConditionKeys:
         Args:
             conditions: U of them; tensors that are the same as last time, and unchanged since, are
                 not computed again.
-            embed: the transformer's embedding, [U, L, channels] to [U, L, D].
-            projections: of each block, (tokens [U * L, D], out [U * L, 2 D]).
+            embed: the transformer's embedding, of (conditions filled up to one length
+                [U, L, channels], their lengths [U]) to tokens [U, L, W].
+            projections: of each block, (tokens [U * L, W], out [U * L, 2 D]).
 
         Raises:
             ShapeError: a condition is longer than there is room.
@@ -78,25 +79,76 @@ class ConditionKeys:
         tokens = pad_sequence(list(conditions), batch_first=True)
         if tokens.shape[1] < self._length:
             tokens = torch.nn.functional.pad(tokens, (0, 0, 0, self._length - tokens.shape[1]))
-        embedded = embed(tokens.to(self._buffer.dtype)).flatten(0, 1)
+        embedded = embed(tokens.to(self._buffer.dtype), self._lengths).flatten(0, 1)
         for block, project in enumerate(projections):
             project(embedded, self._buffer[block, : len(embedded)])
         self._source = source
 
     def attend(self, block: int, query: Tensor, conditions: int | None = None) -> Tensor:
-        """Attention of `query`, [rows, N, D] of consecutive samples; returns the same shape.
+        """Attention of `query`, [rows, N, Hq, K] of consecutive samples; returns the same shape.
 
         Args:
             block: of the transformer.
             query: queries; every condition has the same number of rows.
             conditions: how many of the last conditions they attend to; all if None.
         """
-        rows, N, D = query.shape
+        rows, N, *heads = query.shape
         skip = 0 if conditions is None else self.count - conditions
-        shape = (self.count, self._length, 2, self.heads, D // self.heads)
+        shape = (self.count, self._length, 2, self.heads, heads[1])
         stored = self._buffer[block, : self.count * self._length].view(shape)[skip:]
         # Rows with the same condition are one longer sequence of queries.
-        q = query.view(len(stored), rows // len(stored) * N, self.heads, -1)
+        q = query.view(len(stored), rows // len(stored) * N, *heads)
         lengths = None if self._equal else self._lengths[skip:]
         mixed = ops.dit_attention(q, stored[:, :, 0], stored[:, :, 1], key_lengths=lengths)
-        return mixed.view(rows, N, D)
+        return mixed.view(query.shape)
+
+
+class RowKeys:
+    """Keys and values of all conditions of a plan: of null and cond rows together, or apart.
+
+    Args:
+        spec: of the plan.
+        blocks, heads, channels: as of `ConditionKeys`.
+    """
+
+    def __init__(self, spec: PlanSpec, *, blocks: int, heads: int, channels: int) -> None:
+        null, cond = spec.conditions
+        self.spec = spec
+        self.together = not spec.guided or attend_together(spec)
+        self.groups = [
+            ConditionKeys(blocks, count, heads=heads, channels=channels, spec=spec)
+            for count in ([null + cond] if self.together else [null, cond])
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(keys.nbytes for keys in self.groups)
+
+    def groups_of(
+        self, null: Sequence[Tensor], cond: Sequence[Tensor]
+    ) -> Iterator[tuple[ConditionKeys, Sequence[Tensor]]]:
+        """Each group with the conditions that it is to be set to."""
+        return zip(self.groups, [[*null, *cond]] if self.together else [null, cond], strict=True)
+
+    def attend(self, block: int, query: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Attention of `query`, [R, N, Hq, K], in one part or two: (its rows, its values).
+
+        Null rows come first, and are left out of evaluations without guidance.
+        """
+        R, B = len(query), self.spec.samples
+        if self.together:
+            keys = self.groups[0]
+            yield slice(0, R), keys.attend(block, query, keys.count * R // self.spec.rows)
+            return
+        for half, keys in enumerate(self.groups[-(R // B) :]):
+            rows = slice(half * B, (half + 1) * B)
+            yield rows, keys.attend(block, query[rows])
+
+
+def attend_together(spec: PlanSpec) -> bool:
+    """Whether null and cond rows go through one attention kernel.
+
+    That saves a GPU launches. A CPU does better without: null prompts are shorter, and each half of
+    equal lengths needs no mask.
+    """
+    return spec.device.type == "cuda" and spec.conditions[0] == spec.conditions[1]

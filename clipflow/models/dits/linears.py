@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -73,6 +74,24 @@ class QuantizedLinear:
 
 
 _quantized: WeakValueDictionary[tuple[object, ...], QuantizedLinear] = WeakValueDictionary()
+
+
+def bytes_of_layers(blocks: Iterable[object]) -> int:
+    """Of the quantized weights that `blocks` have as attributes, each counted once."""
+    layers = {
+        id(layer): layer
+        for block in blocks
+        for layer in vars(block).values()
+        if isinstance(layer, QuantizedLinear)
+    }
+    return sum(layer.nbytes for layer in layers.values())
+
+
+def quantized_nbytes(N: int, K: int, device: torch.device) -> int:
+    """Of a quantized weight [N, K], from its shape alone."""
+    # On the CPU in tiles of 16 x 16; a float32 scale for each output channel.
+    values = -(-N // 16) * -(-K // 16) * 256 if device.type == "cpu" else N * K
+    return values + N * torch.float32.itemsize
 
 
 def quantized_dtype(device: torch.device) -> torch.dtype:

@@ -15,6 +15,7 @@ names are those of published checkpoints below `model.dit.model.`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,16 @@ from torch.nn import functional as F
 
 from clipflow import ops
 from clipflow.errors import ShapeError
+from clipflow.models.dits.linears import can_quantize
 from clipflow.nn.caption_embedding import CaptionProjection, TimeCaptionEmbedding
 from clipflow.nn.cross_attention import real_tokens_first
 from clipflow.nn.embeddings import rope_table_2d
 from clipflow.nn.joint_norm_attention import JointNormAttention, Rope
 from clipflow.nn.swiglu_feed_forward import SwiGLUFeedForward
+
+if TYPE_CHECKING:
+    from clipflow.models.dits.lumina_denoiser import LuminaDenoiser
+    from clipflow.sampling.plan import PlanSpec
 
 OUT_NORM_EPS = 1e-6
 WIDEST_EMBEDDING = 1024
@@ -171,6 +177,21 @@ class LuminaTransformer(nn.Module):
         scale = self.norm_out["linear_1"](embedding)
         normed = ops.adaln_norm(hidden, None, scale, eps=OUT_NORM_EPS)
         return self.unpatched(self.norm_out["linear_2"](normed), grid)
+
+    @torch.no_grad()
+    def denoiser(self, spec: PlanSpec) -> LuminaDenoiser:
+        """The transformer prepared for a sampling plan; see `clipflow.sampling.PlanCache`."""
+        from clipflow.models.dits.lumina_denoiser import LuminaDenoiser
+        from clipflow.models.dits.lumina_quantized import QuantizedLuminaDenoiser
+
+        quantized = spec.tier == "fast" and can_quantize(spec.device)
+        return (QuantizedLuminaDenoiser if quantized else LuminaDenoiser)(self, spec)
+
+    def plan_bytes(self, spec: PlanSpec) -> int:
+        """Bytes that `denoiser` allocates, less what is made of the weights, 8-bit ones too."""
+        from clipflow.models.dits.lumina_denoiser import plan_bytes
+
+        return plan_bytes(self, spec)
 
     def _through_blocks(
         self,

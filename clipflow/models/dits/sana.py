@@ -27,11 +27,16 @@ if TYPE_CHECKING:
     from clipflow.sampling.plan import PlanSpec
 
 CAPTION_NORM_EPS = 1e-5
+QK_NORMS = ("none", "rms_norm_across_heads")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SanaConfig:
-    """Sizes of the transformer. D = num_attention_heads * attention_head_dim."""
+    """Sizes of the transformer. D = num_attention_heads * attention_head_dim.
+
+    Raises:
+        ValueError: `qk_norm` is none of `QK_NORMS`.
+    """
 
     in_channels: int
     out_channels: int
@@ -48,6 +53,12 @@ class SanaConfig:
     # when their config leaves interpolation_scale empty, which ruins the pictures.
     position_table: bool
     interpolation_scale: float
+    # SANA-1.5 norms queries and keys; configurations written before it was known have no such key.
+    qk_norm: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.qk_norm not in QK_NORMS:
+            raise ValueError(f"dit.qk_norm must be one of {list(QK_NORMS)}, got {self.qk_norm!r}")
 
     @property
     def hidden_size(self) -> int:
@@ -65,9 +76,12 @@ class SanaBlock(nn.Module):
         D = config.hidden_size
         self.eps = config.norm_eps
         self.scale_shift_table = nn.Parameter(torch.randn(6, D) / D**0.5)
-        self.attn1 = ReLULinearAttention(D, config.num_attention_heads, config.attention_head_dim)
+        normed = config.qk_norm != "none"
+        self.attn1 = ReLULinearAttention(
+            D, config.num_attention_heads, config.attention_head_dim, qk_norm=normed
+        )
         self.attn2 = CrossAttention(
-            D, config.num_cross_attention_heads, config.cross_attention_head_dim
+            D, config.num_cross_attention_heads, config.cross_attention_head_dim, qk_norm=normed
         )
         self.ff = GLUMBConv(D, config.mlp_ratio)
 
@@ -128,7 +142,7 @@ class SanaTransformer(nn.Module):
 
         Args:
             latents: [B, in_channels, h, w].
-            timestep: [B], integers 0..999 (1000 times the noise level).
+            timestep: [B], 0..1000 (1000 times the noise level); UniLIP's are integers.
             condition: [B, L, caption_channels], output of the connector's projector.
             mask: [B, L], nonzero where a condition token is real; None when all are.
 

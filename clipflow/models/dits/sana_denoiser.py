@@ -11,48 +11,47 @@ modulations) is computed for all steps at once; everything that depends on the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from clipflow import ops
-from clipflow.models.dits.condition_keys import ConditionKeys
+from clipflow.models.dits.buffers import Buffers
+from clipflow.models.dits.condition_keys import RowKeys
 from clipflow.models.dits.linears import Linear, LinearLike, Operand, tokens_of
-from clipflow.models.dits.sana_buffers import Buffers, Stream
+from clipflow.models.dits.sana_weights import BlockWeights, Norms, norm_heads
 from clipflow.nn.cross_attention import CrossAttention
 from clipflow.nn.glu_mbconv import GLUMBConv
 from clipflow.nn.linear_attention import ReLULinearAttention
-from clipflow.nn.packing import packed
 from clipflow.nn.plain_modules import check_plain
 from clipflow.sampling.plan import PlanSpec
 
 if TYPE_CHECKING:
-    from clipflow.models.dits.sana import SanaBlock, SanaTransformer
+    from clipflow.models.dits.sana import SanaTransformer
 
 
-class BlockWeights:
-    """The matrices of one block; those that multiply the same tokens are packed."""
+@dataclass
+class Stream:
+    """One evaluation on its way through the blocks.
 
-    def __init__(
-        self, block: SanaBlock, linear: Callable[[Tensor, Tensor | None], LinearLike]
-    ) -> None:
-        own, cross, ff = block.attn1, block.attn2, block.ff
-        self.qkv = linear(packed([own.to_q.weight, own.to_k.weight, own.to_v.weight]), None)
-        self.own_out = linear(own.to_out[0].weight, own.to_out[0].bias)
-        self.query = linear(cross.to_q.weight, cross.to_q.bias)
-        self.cross_out = linear(cross.to_out[0].weight, cross.to_out[0].bias)
-        self.inverted = linear(ff.conv_inverted.weight, ff.conv_inverted.bias)
-        self.depth = (ff.conv_depth.weight.detach(), ff.conv_depth.bias.detach())
-        self.point = linear(ff.conv_point.weight, None)
-        # Keys and values are computed once per condition: always in full precision.
-        self.key_value = Linear(
-            packed([cross.to_k.weight, cross.to_v.weight]),
-            packed([cross.to_k.bias, cross.to_v.bias]),
-        )
-        self.tables = block.scale_shift_table.detach()
+    Attributes:
+        hidden: the residual stream, [R, N, D], written in place.
+        normed: its modulated norm, for the block that is next or the output.
+        modulation: shifts, scales and gates without the blocks' tables, six of [R, D].
+        after: (shift, scale, table) of the norm before each block, and of the output's.
+        gates: of all blocks, [blocks, 2, D].
+        buffers: of R rows.
+    """
+
+    hidden: Tensor
+    normed: Operand
+    modulation: list[Tensor]
+    after: list[tuple[Tensor, Tensor, Tensor]]
+    gates: Tensor
+    buffers: Buffers
 
 
 class SanaDenoiser:
@@ -81,16 +80,15 @@ class SanaDenoiser:
                 t.nbytes for t in (self.modulation, self.embedding, self.gates)
             ),
             "position table": self.place.nbytes,
-            "keys and values of the conditions": sum(keys.nbytes for keys in self.keys),
+            "keys and values of the conditions": self.keys.nbytes,
             "activations": self.buffers.nbytes,
         }
 
     @torch.no_grad()
     def set_condition(self, null: Sequence[Tensor], cond: Sequence[Tensor]) -> None:
         weights = [block.key_value for block in self.blocks]
-        groups = [[*null, *cond]] if len(self.keys) == 1 else [null, cond]
-        for keys, tensors in zip(self.keys, groups, strict=True):
-            keys.set(tensors, self.dit.embed_condition, weights)
+        for keys, tensors in self.keys.groups_of(null, cond):
+            keys.set(tensors, lambda tokens, _: self.dit.embed_condition(tokens), weights)
 
     @torch.no_grad()
     def velocity(self, rows: Tensor, index: int) -> Tensor:
@@ -193,26 +191,33 @@ class SanaDenoiser:
         R, N, D = hidden.shape
         heads = self.dit.config.num_attention_heads
         qkv = block.qkv(tokens_of(normed), buffers.wide(3 * D)).view(R, N, 3, heads, D // heads)
+        q, k, v = qkv.unbind(2)
+        if block.own_norms is not None:
+            out = (part.view(q.shape) for part in buffers.behind(3 * D, D, D))
+            q, k = norm_heads(q, k, block.own_norms, tuple(out))
         mixed = buffers.middle(D)
-        ops.linear_attention(*qkv.unbind(2), out=mixed.view(R, N, heads, D // heads))
+        ops.linear_attention(q, k, v, out=mixed.view(R, N, heads, D // heads))
         branch = block.own_out(mixed, tokens_of(buffers.branch))
         hidden.addcmul_(gate, branch.view(R, N, D))
 
     def _cross_attention(self, number: int, hidden: Tensor, buffers: Buffers) -> None:
         block = self.blocks[number]
         R, N, D = hidden.shape
-        query = block.query(tokens_of(hidden), buffers.wide(D)).view(R, N, D)
-        branch = tokens_of(buffers.branch)
-        B = self.spec.samples
-        if len(self.keys) == 1:
-            keys = self.keys[0]
-            mixed = keys.attend(number, query, keys.count * R // self.spec.rows)
-            block.cross_out(mixed.view(R * N, D), branch)
-            return
-        # Null rows come first, and are left out of evaluations without guidance.
-        for half, keys in enumerate(self.keys[-(R // B) :]):
-            mixed = keys.attend(number, query[half * B : (half + 1) * B])
-            block.cross_out(mixed.view(B * N, D), branch[half * B * N : (half + 1) * B * N])
+        heads = self.dit.config.num_cross_attention_heads
+        query = block.query(tokens_of(hidden), buffers.wide(D)).view(R, N, heads, D // heads)
+        if block.cross_norms is not None:
+            query = self._normed_query(query, block.cross_norms, buffers)
+        for rows, mixed in self.keys.attend(number, query):
+            block.cross_out(mixed.view(-1, D), tokens_of(buffers.branch[rows]))
+
+    def _normed_query(self, query: Tensor, norms: Norms, buffers: Buffers) -> Tensor:
+        D = query.shape[2] * query.shape[3]
+        (out,) = buffers.behind(D, D)
+        no_keys = query[:, :0]
+        normed, _ = norm_heads(
+            query, no_keys, norms, (out.view(query.shape), torch.empty_like(no_keys))
+        )
+        return normed
 
     def _feed_forward(self, block: BlockWeights, normed: Operand, buffers: Buffers) -> None:
         R, N, _ = buffers.branch.shape
@@ -242,7 +247,7 @@ def planned_classes() -> tuple[type[nn.Module], ...]:
     from clipflow.models.dits.sana import SanaBlock
 
     own = (SanaBlock, ReLULinearAttention, CrossAttention, GLUMBConv)
-    return (*own, nn.ModuleList, nn.ModuleDict, nn.Linear, nn.Conv2d)
+    return (*own, nn.ModuleList, nn.ModuleDict, nn.Linear, nn.Conv2d, nn.RMSNorm)
 
 
 def plan_bytes(dit: SanaTransformer, spec: PlanSpec) -> int:
@@ -253,42 +258,28 @@ def plan_bytes(dit: SanaTransformer, spec: PlanSpec) -> int:
     keys = _condition_keys(dit, sketch)
     numbers = len(spec.table) * (7 + 2 * len(blocks)) * D + spec.tokens * D
     if spec.step_cache is not None:
-        numbers += spec.step_cache.elements(spec, D)
-    return buffers.nbytes + sum(k.nbytes for k in keys) + numbers * spec.dtype.itemsize
+        numbers += spec.step_cache.elements(spec, spec.rows * spec.tokens * D)
+    return buffers.nbytes + keys.nbytes + numbers * spec.dtype.itemsize
 
 
 def _buffers(dit: SanaTransformer, spec: PlanSpec) -> Buffers:
+    D, M = dit.config.hidden_size, len(dit.transformer_blocks[0].ff.conv_depth.bias) // 2
     return Buffers.empty(
         spec.rows,
         spec.tokens,
-        dit.config.hidden_size,
-        len(dit.transformer_blocks[0].ff.conv_depth.bias) // 2,
-        dit.config.out_channels,
+        D,
+        wide=max((3 if dit.config.qk_norm == "none" else 5) * D, 2 * M),
+        middle=max(D, M),
+        out_channels=dit.config.out_channels,
         dtype=spec.dtype,
         device=spec.device,
     )
 
 
-def _condition_keys(dit: SanaTransformer, spec: PlanSpec) -> list[ConditionKeys]:
-    """One for all rows, or one for the null rows and one for the others."""
-    null, cond = spec.conditions
-    groups = [null + cond] if not spec.guided or attend_together(spec) else [null, cond]
-    return [
-        ConditionKeys(
-            len(dit.transformer_blocks),
-            count,
-            heads=dit.config.num_cross_attention_heads,
-            channels=dit.config.hidden_size,
-            spec=spec,
-        )
-        for count in groups
-    ]
-
-
-def attend_together(spec: PlanSpec) -> bool:
-    """Whether null and cond rows go through one attention kernel.
-
-    That saves a GPU launches. A CPU does better without: null prompts are shorter, and each half of
-    equal lengths needs no mask.
-    """
-    return spec.device.type == "cuda" and spec.conditions[0] == spec.conditions[1]
+def _condition_keys(dit: SanaTransformer, spec: PlanSpec) -> RowKeys:
+    return RowKeys(
+        spec,
+        blocks=len(dit.transformer_blocks),
+        heads=dit.config.num_cross_attention_heads,
+        channels=dit.config.hidden_size,
+    )

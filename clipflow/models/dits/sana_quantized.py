@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 
 from clipflow import ops
-from clipflow.models.dits.linears import QuantizedLinear, quantized_dtype
-from clipflow.models.dits.sana_buffers import Buffers
+from clipflow.models.dits.buffers import Buffers
+from clipflow.models.dits.linears import (
+    QuantizedLinear,
+    bytes_of_layers,
+    quantized_dtype,
+    quantized_nbytes,
+)
 from clipflow.models.dits.sana_denoiser import SanaDenoiser
 
 if TYPE_CHECKING:
@@ -33,15 +38,9 @@ class QuantizedSanaDenoiser(SanaDenoiser):
         self._scales = torch.empty(R, N, device=spec.device)
 
     def constants(self) -> dict[str, int]:
-        layers = {
-            id(layer): layer
-            for block in self.blocks
-            for layer in vars(block).values()
-            if isinstance(layer, QuantizedLinear)
-        }
         held = super().constants()
         held["activations"] += self._values.nbytes + self._scales.nbytes
-        return {**held, "8-bit weights": sum(layer.nbytes for layer in layers.values())}
+        return {**held, "8-bit weights": bytes_of_layers(self.blocks)}
 
     def _first_norm(
         self, hidden: Tensor, shift: Tensor, scale: Tensor, table: Tensor, buffers: Buffers
@@ -85,7 +84,5 @@ def quantized_bytes(dit: SanaTransformer, device: torch.device) -> int:
         own, cross, ff = block.attn1, block.attn2, block.ff
         layers = (own.to_out[0], cross.to_q, cross.to_out[0], ff.conv_inverted, ff.conv_point)
         for N, K in [(3 * D, D), *(layer.weight.shape[:2] for layer in layers)]:
-            # On the CPU in tiles of 16 x 16; a float32 scale for each output channel.
-            values = -(-N // 16) * -(-K // 16) * 256 if device.type == "cpu" else N * K
-            total += values + N * torch.float32.itemsize
+            total += quantized_nbytes(N, K, device)
     return total

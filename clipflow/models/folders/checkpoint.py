@@ -92,7 +92,7 @@ def read_config(directory: str | Path) -> dict:
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"load: model must be a folder, got {str(directory)!r}")
-    return _read_json(directory / CONFIG_FILE)
+    return read_json(directory / CONFIG_FILE)
 
 
 class Weights:
@@ -125,8 +125,15 @@ class Weights:
         return self.files[name].passing(name).to(device).to(dtype)
 
 
-def open_weights(directory: str | Path) -> Weights:
+def open_weights(
+    directory: str | Path, *, weights_file: str = WEIGHTS_FILE, index_file: str = INDEX_FILE
+) -> Weights:
     """Open the weights in `directory`; of them only the headers are read.
+
+    Args:
+        directory: the folder.
+        weights_file: name of the file with all weights.
+        index_file: name of the index of several files, which is asked for where there is none.
 
     Raises:
         FileNotFoundError: no weights, or a shard that the index names is missing.
@@ -134,14 +141,14 @@ def open_weights(directory: str | Path) -> Weights:
             the index says.
     """
     directory = Path(directory)
-    owners = _owners(directory)
+    owners = _owners(directory, weights_file, index_file)
     files: dict[str, SafetensorsFile] = {}
-    for shard in sorted(set(owners.values())) if owners else [WEIGHTS_FILE]:
+    for shard in sorted(set(owners.values())) if owners else [weights_file]:
         file = SafetensorsFile(directory / shard)
         wrong = set(file.shapes) ^ {name for name, owner in owners.items() if owner == shard}
         if owners and wrong:
             raise ValueError(
-                f"load: {directory / shard} must hold the tensors that {INDEX_FILE} says, "
+                f"load: {directory / shard} must hold the tensors that {index_file} says, "
                 f"got a difference in {listed(wrong)}"
             )
         files |= dict.fromkeys(file.shapes, file)
@@ -265,19 +272,19 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _owners(directory: Path) -> dict[str, str]:
+def _owners(directory: Path, weights_file: str, index_file: str) -> dict[str, str]:
     """Tensor name -> shard, empty where the weights are one file."""
-    if (directory / WEIGHTS_FILE).is_file():
+    if (directory / weights_file).is_file():
         return {}
-    if not (directory / INDEX_FILE).is_file():
+    if not (directory / index_file).is_file():
         raise FileNotFoundError(
-            f"load: {directory} must hold {WEIGHTS_FILE} or {INDEX_FILE}, got neither"
+            f"load: {directory} must hold {weights_file} or {index_file}, got neither"
         )
-    owners = _read_json(directory / INDEX_FILE).get("weight_map")
+    owners = read_json(directory / index_file).get("weight_map")
     # A shard's name with a separator would reach outside the folder.
     if not isinstance(owners, dict) or not owners or not all(map(_is_file_name, owners.values())):
         raise ValueError(
-            f"load: {directory / INDEX_FILE} must have a weight_map of file names, "
+            f"load: {directory / index_file} must have a weight_map of file names, "
             f"got {repr(owners)[:80]}"
         )
     for shard in set(owners.values()):
@@ -292,12 +299,19 @@ def _is_file_name(shard: object) -> bool:
 def _check_inside(directory: Path, shard: str) -> None:
     """A shard that is a link must not lead out of the folder, but for the hub's own cache."""
     folder, found = directory.resolve(), (directory / shard).resolve()
-    blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    caches = [path.parent for path in folder.parents if path.name == "snapshots"]
+    blobs = caches[0] / "blobs" if caches else folder
     if found.parent not in (folder, blobs):
         raise ValueError(f"load: {directory / shard} must be in the folder, got a link out of it")
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not a JSON object, or larger than any that a model needs.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"load: {path} must be there, got no such file")
     if path.stat().st_size > LARGEST_JSON:

@@ -14,7 +14,8 @@ T = TypeVar("T")
 def build(cls: type[T], values: object, where: str) -> T:
     """An instance of the dataclass `cls` from the JSON object `values`; lists become tuples.
 
-    Fields may be int, float, bool, str, tuples of these, dataclasses, and any of these or None.
+    Fields may be int, float, bool, str, tuples of these, dataclasses, and any of these or None;
+    one with a default may be missing.
 
     Raises:
         ValueError: unknown or missing keys or values of a wrong type; one error, beginning with
@@ -35,7 +36,11 @@ def _dataclass(cls: type, values: object, path: str, problems: list[str]) -> obj
     prefix = f"{path}." if path else ""
     names = [field.name for field in dataclasses.fields(cls)]
     unknown = [prefix + str(key) for key in values if key not in names]
-    missing = [prefix + name for name in names if name not in values]
+    missing = [
+        prefix + field.name
+        for field in dataclasses.fields(cls)
+        if field.name not in values and field.default is dataclasses.MISSING
+    ]
     if unknown:
         problems.append(f"unknown keys {unknown}")
     if missing:

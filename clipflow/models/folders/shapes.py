@@ -19,7 +19,7 @@ class Shapes:
     """
 
     def __init__(self, shapes: Mapping[str, Shape], family: str) -> None:
-        self._shapes, self._family = shapes, family
+        self._shapes, self.family = shapes, family
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
@@ -30,7 +30,7 @@ class Shapes:
         if found is None or len(found) != dims or 0 in found:
             got = "no such tensor" if found is None else list(found)
             raise ValueError(
-                f"published {self._family}: {name} must have {dims} dimensions, got {got}"
+                f"published {self.family}: {name} must have {dims} dimensions, got {got}"
             )
         return tuple(found)
 
@@ -39,7 +39,7 @@ class Shapes:
         numbers = self._numbers.get(prefix, set())
         if not 0 < len(numbers) <= MOST_LAYERS or max(numbers) != len(numbers) - 1:
             raise ValueError(
-                f"published {self._family}: {prefix} must hold modules 0, 1, ..., got "
+                f"published {self.family}: {prefix} must hold modules 0, 1, ..., got "
                 f"{len(numbers)} modules up to {max(numbers, default='none')}"
             )
         return len(numbers)

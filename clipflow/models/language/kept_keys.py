@@ -1,7 +1,7 @@
 """Keys and values of what a language model has read, in buffers with room for what follows.
 
 One token more is written into them and nothing is copied. What the positions mean (embeddings,
-angles) is the caller's: prompts with pictures are read in `clipflow.models.unilip.reading`.
+angles) is the caller's: prompts with pictures are read in `clipflow.models.language.reading`.
 """
 
 # Shape suffixes: B = rows, T = positions of a beginning, M = positions read at once, S = slots,
@@ -34,7 +34,7 @@ class KeptKeys:
         buffers: (keys, values) of each layer, [B, S, G, K] each.
         lengths: positions of each row so far, [B] int64.
         longest: of the rows' lengths.
-        even: whether all rows are equally long.
+        shortest: of them.
     """
 
     def __init__(self, language_model: nn.Module) -> None:
@@ -48,7 +48,7 @@ class KeptKeys:
 
         Args:
             embeddings: real positions first; what follows them in a row is read and forgotten.
-            rope: (cos, sin) of the positions, [T, K/2] each.
+            rope: (cos, sin) of the positions, [T, K/2] each, or [B, T, K/2].
             room: positions that may be read on.
             lengths: [B], real positions of each row; T in all if None.
         """
@@ -84,7 +84,7 @@ class KeptKeys:
         """
         place = self.lengths
         self.lengths = place + 1
-        self.longest += 1
+        self.longest, self.shortest = self.longest + 1, self.shortest + 1
         longest, even = self.longest, self.even
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -100,22 +100,26 @@ class KeptKeys:
             y = dit_attention(grouped, keys, values, key_lengths=lengths)
             return y.transpose(1, 2).reshape(q.shape)
 
-        return self._run(embeddings, rope, attend, per_row=True)[:, 0]
+        return self._run(embeddings, tuple(part[:, None] for part in rope), attend)[:, 0]
 
     def branch(self, embeddings: Tensor, start: int, rope: Rope, ancestors: Tensor) -> Tensor:
-        """Read positions after the first `start` slots, each seeing those and its ancestors.
+        """Read positions into the slots from `start` on, each seeing its row and its ancestors.
 
         Args:
             embeddings: [B, M, H].
-            start: slots of what they follow.
-            rope: (cos, sin) of the positions, [M, K/2] each.
+            start: slots of what they follow; of a shorter row only those that it has.
+            rope: (cos, sin) of the positions, [M, K/2] each, or [B, M, K/2].
             ancestors: [M, M] bool, whether position i sees position j.
 
         Returns:
             [B, M, H].
         """
         stop = start + len(ancestors)
-        seen = torch.cat([ancestors.new_ones(len(ancestors), start), ancestors], dim=1)
+        seen = F.pad(ancestors, (start, 0), value=True)
+        if start > self.shortest:
+            real = torch.arange(stop, device=ancestors.device) < self.lengths[:, None]
+            real[:, start:] = True
+            seen = seen & real[:, None]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for buffer, new in zip(self.buffers[layer], (k, v), strict=True):
@@ -125,19 +129,23 @@ class KeptKeys:
 
         return self._run(embeddings, rope, attend)
 
+    @property
+    def even(self) -> bool:
+        """Whether all rows are equally long."""
+        return self.shortest == self.longest
+
     def _set_lengths(self, lengths: Tensor) -> None:
         self.lengths = lengths
-        self.longest = int(lengths.max())
-        self.even = bool((lengths == self.longest).all())
+        self.shortest, self.longest = (int(length) for length in lengths.aminmax())
         self._rows = torch.arange(len(lengths), device=lengths.device)
 
-    def _run(self, hidden: Tensor, rope: Rope, attend: Attend, *, per_row: bool = False) -> Tensor:
+    def _run(self, hidden: Tensor, rope: Rope, attend: Attend) -> Tensor:
         for index, layer in enumerate(self._layers):
 
             def mix(q: Tensor, k: Tensor, v: Tensor, index: int = index) -> Tensor:
                 return attend(index, q, k, v)
 
-            hidden = run_layer(layer, hidden, rope, mix, per_row=per_row)
+            hidden = run_layer(layer, hidden, rope, mix)
         return rms_norm(hidden, self._norm)
 
 
@@ -150,8 +158,9 @@ def _with_room(tensor: Tensor, room: int) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
-    """Of q [B, L, A, K] to the keys [B, S, G, K] in `seen` [L, S]; causal where that is None."""
+    """Of q [B, L, A, K] to keys [B, S, G, K] in `seen` [L, S] or [B, L, S]; None is causal."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    seen = seen[:, None] if seen is not None and seen.ndim == 3 else seen
     y = F.scaled_dot_product_attention(
         q, k, v, seen, is_causal=seen is None, enable_gqa=q.shape[1] != k.shape[1]
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from clipflow.ops import adaln_norm, qk_norm_rope, swiglu
@@ -23,28 +24,25 @@ Rope = tuple[Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def run_layer(
-    layer: nn.Module, hidden: Tensor, rope: Rope, attend: Attend, *, per_row: bool = False
-) -> Tensor:
+def run_layer(layer: nn.Module, hidden: Tensor, rope: Rope, attend: Attend) -> Tensor:
     """One layer on `hidden` [B, L, H]; same shape out.
 
     Args:
         layer: whose parameters to use: a decoder layer of Qwen2, Qwen2.5-VL or Qwen3.
         hidden: the residual stream.
-        rope: (cos, sin) of the positions, float32 [L, K/2] each; of the rows, [B, K/2], with
-            `per_row`, where L must be 1.
+        rope: (cos, sin) of the positions, float32 [L, K/2] each, or [B, L, K/2] where rows differ.
         attend: mixes the positions.
-        per_row: each row has a position of its own.
     """
     attention, mlp = layer.self_attn, layer.mlp
     normed = rms_norm(hidden, layer.input_layernorm)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     q, k, v = (p(normed).unflatten(-1, (-1, attention.head_dim)) for p in projections)
-    if per_row:
-        q, k = q.transpose(0, 1), k.transpose(0, 1)
-    q, k = _norm_and_turn(attention, q, k, rope)
-    if per_row:
-        q, k = q.transpose(0, 1), k.transpose(0, 1)
+    if rope[0].ndim == 3:  # all positions of all rows as those of one
+        B, rope = len(q), tuple(part.flatten(0, 1) for part in rope)
+        q, k = _norm_and_turn(attention, q.flatten(0, 1)[None], k.flatten(0, 1)[None], rope)
+        q, k = (t[0].unflatten(0, (B, -1)) for t in (q, k))
+    else:
+        q, k = _norm_and_turn(attention, q, k, rope)
     hidden = hidden + attention.o_proj(attend(q, k, v).flatten(2))
     normed = rms_norm(hidden, layer.post_attention_layernorm)
     return hidden + mlp.down_proj(swiglu(mlp.gate_proj(normed), mlp.up_proj(normed)))
@@ -59,11 +57,17 @@ def rms_norm(hidden: Tensor, norm: nn.Module) -> Tensor:
 
 
 def rope_table(rotary: nn.Module, positions: Tensor) -> Rope:
-    """(cos, sin) of `positions` [L], [L, K/2] each; the angles are float32, as transformers'.
+    """(cos, sin) of the shape of `positions` and K/2; the angles are float32, as transformers'.
 
-    `rotary` is a language model's `rotary_emb`.
+    Args:
+        rotary: a language model's `rotary_emb`.
+        positions: [L] or [B, L]; or multimodal ones, [3, B, L] of time, row and column, of which
+            each turns the pairs of a head that `rotary` gives it.
     """
-    angle = positions[:, None].float() * rotary.inv_freq.float()
+    angle = positions[..., None].float() * rotary.inv_freq.float()
+    if positions.ndim == 3:
+        sections = angle.split(rotary.mrope_section, dim=-1)
+        angle = torch.cat([part[i % 3] for i, part in enumerate(sections)], dim=-1)
     return angle.cos(), angle.sin()
 
 

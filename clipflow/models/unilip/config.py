@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from clipflow.models.dc_ae.config import DecoderConfig
 from clipflow.models.dits.sana import SanaConfig
 from clipflow.models.folders.parsing import build
 from clipflow.models.folders.rules import (
@@ -20,7 +21,6 @@ from clipflow.models.folders.rules import (
 from clipflow.models.language.config import TextConfig
 
 MODEL_TYPE = "clipflow_unilip"
-DECODER_BLOCKS = ("ResBlock", "EfficientViTBlock")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,23 +35,6 @@ class VisionConfig:
     patch_size: int
     shuffle: int
     layer_norm_eps: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """DC-AE decoder; stages go from the largest picture to the smallest, as in diffusers."""
-
-    latent_channels: int
-    attention_head_dim: int
-    block_types: tuple[str, ...]
-    block_out_channels: tuple[int, ...]
-    layers_per_block: tuple[int, ...]
-    qkv_multiscales: tuple[tuple[int, ...], ...]
-
-    @property
-    def upscale(self) -> int:
-        """Picture pixels per latent cell and axis."""
-        return 2 ** (len(self.block_out_channels) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +88,10 @@ class UniLIPConfig:
         """Side of the latent grid: one cell for each feature."""
         return self.vision.image_size // (self.vision.shuffle * self.vision.patch_size)
 
+    @property
+    def latent_channels(self) -> int:
+        return self.decoder.latent_channels
+
     def to_dict(self) -> dict:
         """Plain JSON values."""
         return {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
@@ -127,13 +114,6 @@ class UniLIPConfig:
 def _rules(config: UniLIPConfig) -> list[Rule]:
     """What must fit together."""
     vision, text, dit, decoder = config.vision, config.text, config.dit, config.decoder
-    stages = len(decoder.block_out_channels)
-    lengths = [
-        len(decoder.block_types),
-        len(decoder.layers_per_block),
-        len(decoder.qkv_multiscales),
-    ]
-    blocks = sorted(set(decoder.block_types) - set(DECODER_BLOCKS))
     channels = [dit.in_channels, dit.out_channels]
     return [
         *positive(_numbers(config)),
@@ -147,11 +127,7 @@ def _rules(config: UniLIPConfig) -> list[Rule]:
             f"dit in and out channels must be {decoder.latent_channels} as latents, got {channels}",
             channels != [decoder.latent_channels] * 2,
         ),
-        (
-            f"decoder lists must have {stages} entries as block_out_channels, got {lengths}",
-            lengths != [stages] * 3,
-        ),
-        (f"decoder.block_types must be of {list(DECODER_BLOCKS)}, got {blocks}", bool(blocks)),
+        *decoder.rules(),
         token_ids(dataclasses.asdict(config.tokens), text.vocab_size),
         noise_dtype(config.noise_dtype),
     ]

@@ -53,10 +53,28 @@ class UniLIPModel(ImageCodec):
         self.vae_decoder = PixelDecoder(config.decoder, H)
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is; parts of it may wait elsewhere while they do not run."""
+        return self.latent_queries.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What all but the decoder computes in."""
+        return self.latent_queries.dtype
+
+    def null_condition(self) -> None:
+        """The condition of no prompt is that of the null prompt: no constant."""
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w) of the latents of one native-size picture."""
         side = self.config.latent_side
         return (self.config.decoder.latent_channels, side, side)
+
+    @property
+    def image_token(self) -> int:
+        """Id of the token that stands where image features go."""
+        return self.config.tokens.img_context
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "2GB") -> None:
         """Write config.json and safetensors; see `checkpoint.save_folder` for what it promises."""

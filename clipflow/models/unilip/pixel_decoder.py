@@ -1,29 +1,18 @@
 """From CLIP features to pixels: `clip_down` compresses features to latents, DC-AE draws them.
 
-Source: specs of UniLIP sections 2.3 and 2.6; Chen et al., "Deep Compression Autoencoder" (2024).
+Source: specs of UniLIP sections 2.3 and 2.6.
 """
 
 # Shape suffixes: B = batch, N = h*w tokens, H = LM width, C = latent channels.
 
 import math
-import warnings
-from functools import partial
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipflow.acceleration.replace import accelerate
-from clipflow.errors import AccelerationError, InputError, ShapeError
-from clipflow.models.unilip.config import DecoderConfig
-from clipflow.models.unilip.decoder_memory import (
-    DECODE_BUDGET,
-    WORK_BYTES,
-    choose_parts,
-    decode_bytes,
-)
-from clipflow.models.unilip.decoder_tiling import decode_tiled
-from clipflow.sampling.memory import available_bytes, require_bytes
+from clipflow.errors import ShapeError
+from clipflow.models.dc_ae.config import DecoderConfig
+from clipflow.models.dc_ae.decoder import DCAEDecoder
 
 DOWN_BLOCKS = 3
 BLOCK_NORM_EPS = 1e-6
@@ -45,21 +34,11 @@ class DownBlock(nn.Module):
         return x + self.mlp(x)
 
 
-class PixelDecoder(nn.Module):
-    """`clip_down` and the DC-AE decoder (diffusers' class), under the reference's names.
-
-    The decoder is accelerated in place where diffusers is as we know it, else a warning says so;
-    `clipflow.Acceleration.of(pixel_decoder.decoder).undo()` makes it stock again.
-
-    Attributes:
-        decode_budget: bytes of activations above which `decode` goes part by part, 1 GiB.
-    """
+class PixelDecoder(DCAEDecoder):
+    """`clip_down` and the DC-AE decoder, under the reference's names."""
 
     def __init__(self, config: DecoderConfig, width: int) -> None:
-        super().__init__()
-        from diffusers.models.autoencoders.autoencoder_dc import Decoder
-
-        self.config = config
+        super().__init__(config)
         self.down_blocks = nn.ModuleList(DownBlock(width) for _ in range(DOWN_BLOCKS))
         self.down_mlp = nn.Sequential(
             nn.LayerNorm(width),
@@ -67,23 +46,6 @@ class PixelDecoder(nn.Module):
             nn.GELU(),
             nn.Linear(config.latent_channels, config.latent_channels),
         )
-        self.decoder = Decoder(
-            in_channels=3,
-            latent_channels=config.latent_channels,
-            attention_head_dim=config.attention_head_dim,
-            block_type=config.block_types,
-            block_out_channels=config.block_out_channels,
-            layers_per_block=config.layers_per_block,
-            qkv_multiscales=tuple(tuple(scales) for scales in config.qkv_multiscales),
-            norm_type="rms_norm",
-            act_fn="silu",
-            upsample_block_type="interpolate",
-        )
-        try:
-            accelerate(self.decoder)
-        except AccelerationError as error:  # another diffusers: slower, the same pictures
-            warnings.warn(f"decoder: runs as diffusers has it; {error}", stacklevel=2)
-        self.decode_budget = DECODE_BUDGET
 
     def clip_down(self, features: Tensor) -> Tensor:
         """Latents [B, C, h, w] of projected features [B, h*w, H] on a square grid."""
@@ -93,48 +55,6 @@ class PixelDecoder(nn.Module):
         for block in self.down_blocks:
             features = block(features)
         return self.down_mlp(features).transpose(1, 2).unflatten(2, (side, side))
-
-    def decode(self, latents: Tensor, *, tile_size: int | None = None) -> Tensor:
-        """Pictures [B, 3, S, S] in about [-1, 1] of `latents` [B, C, h, w], float32 or as given.
-
-        Args:
-            latents: [B, C, h, w]; sampled ones divided by `unilip_factor`.
-            tile_size: side in pixels of the tiles that the picture is drawn in, which saves memory
-                and gives the same picture up to rounding. When not given, pictures are drawn whole
-                and at once as long as `decode_bytes` stays within `decode_budget` and the free
-                memory, else one by one, else in tiles. With a gradient, always whole.
-
-        Raises:
-            InputError: `tile_size` is below 1.
-            NotEnoughMemory: not even the smallest tiles fit.
-        """
-        if tile_size is not None and tile_size < 1:
-            raise InputError(f"decode: tile_size must be at least 1, got {tile_size}")
-        rows = len(latents)
-        if tile_size is None and not torch.is_grad_enabled():
-            rows, tile_size = self._parts(latents)
-        if tile_size is None and rows >= len(latents):
-            return self.decoder(latents)
-        draw = self.decoder if tile_size is None else partial(self._draw_tiled, tile_size)
-        return torch.cat([draw(part) for part in latents.split(rows)])
-
-    def _parts(self, latents: Tensor) -> tuple[int, int | None]:
-        """(pictures at a time, tile size or None) that the free memory has room for."""
-        B, _, h, w = latents.shape
-        dtype, device = latents.dtype, latents.device
-        free = available_bytes(device)
-        budget = self.decode_budget if free is None else min(self.decode_budget, free)
-        rows, tile_size = choose_parts(self.config, (B, h, w), dtype, budget)
-        needed = decode_bytes(self.config, h, w, min(rows, B), tile_size=tile_size, dtype=dtype)
-        height, width = h * self.config.upscale, w * self.config.upscale
-        drawn = max(0, B - rows) * 3 * height * width * dtype.itemsize
-        # Work space is a bound for large models; for it alone nothing is refused.
-        needed += drawn - WORK_BYTES
-        require_bytes(needed, device, f"drawing {B} pictures of {height} x {width} pixels")
-        return rows, tile_size
-
-    def _draw_tiled(self, tile_size: int, latents: Tensor) -> Tensor:
-        return decode_tiled(self.decoder, latents, tile_size)
 
 
 def resize_pictures(pictures: Tensor, size: int, *, align_corners: bool = False) -> Tensor:

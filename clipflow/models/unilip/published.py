@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from clipflow.models.dc_ae.config import DecoderConfig
+from clipflow.models.dc_ae.shapes import decoder_config
 from clipflow.models.dits.sana import SanaConfig
+from clipflow.models.dits.sana_shapes import sana_config
 from clipflow.models.folders.fields import Fields, shown
 from clipflow.models.folders.shapes import Shapes
 from clipflow.models.unilip.config import (
-    DecoderConfig,
     TextConfig,
     TokenIds,
     UniLIPConfig,
@@ -22,12 +24,12 @@ from clipflow.models.unilip.config import (
 from clipflow.models.unilip.published_fields import SCHEMA
 from clipflow.models.unilip.published_shapes import (
     VISION_HEADS,
-    decoder_config,
-    dit_config,
     vision_config,
 )
 
 MODEL_TYPE = "unilip_internvl"
+DIT = "dit."
+DECODER = "vae_decoder.decoder."
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # InternVL's own, which its language model was trained with; drawing prompts have none.
@@ -87,12 +89,12 @@ def config_from_published(values: Mapping, shapes: Mapping[str, tuple[int, ...]]
     fields.agree("n_query", n_query)
     layers = tensors.count("llm_connector.layers")
     fields.agree("connect_layer", layers)
-    dit = dit_config(tensors, side, _interpolation_scale(fields))
+    dit = sana_config(tensors, DIT, side=side, interpolation_scale=_interpolation_scale(fields))
     return UniLIPConfig(
         vision=vision,
         text=text,
         dit=dit,
-        decoder=decoder_config(tensors),
+        decoder=decoder_config(tensors, DECODER),
         tokens=_tokens(fields, text.vocab_size),
         n_query=n_query,
         connect_layer=layers,

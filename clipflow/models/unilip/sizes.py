@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-
 import torch
 
+from clipflow.models.folders.parts import count_shapes
 from clipflow.models.unilip.config import UniLIPConfig
 from clipflow.models.unilip.model import UniLIPModel
 
@@ -32,19 +30,4 @@ def parameter_counts(model: UniLIPModel | UniLIPConfig) -> dict[str, int]:
     if isinstance(model, UniLIPConfig):
         with torch.device("meta"):
             model = UniLIPModel(model)
-    return count_shapes({name: p.shape for name, p in model.named_parameters()})
-
-
-def count_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """The same of our names and shapes, as a checkpoint's headers say them; no others count."""
-    counts = dict.fromkeys(PARTS, 0)
-    for name, shape in shapes.items():
-        part = part_of(name)
-        if part is not None:
-            counts[part] += math.prod(shape)
-    return counts
-
-
-def part_of(name: str) -> str | None:
-    """The part of PARTS that the parameter `name`, ours, belongs to; None if to none."""
-    return next((part for part, begin in PARTS.items() if name.startswith(begin)), None)
+    return count_shapes({name: p.shape for name, p in model.named_parameters()}, PARTS)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clipflow.errors import InputError
+from clipflow.models.dc_ae.shapes import decoder_config
 from clipflow.models.folders.checkpoint import check_shapes, listed
 from clipflow.models.folders.conversion import (
     MAX_SHARD_BYTES,
@@ -27,8 +28,8 @@ from clipflow.models.folders.shapes import Shapes
 from clipflow.models.unilip.image_codec import PARTS, ImageTokenizer, TokenizerConfig
 from clipflow.models.unilip.keys import own_name
 from clipflow.models.unilip.loading import FORMAT
-from clipflow.models.unilip.published import IMAGENET_MEAN, IMAGENET_STD
-from clipflow.models.unilip.published_shapes import decoder_config, vision_config
+from clipflow.models.unilip.published import DECODER, IMAGENET_MEAN, IMAGENET_STD
+from clipflow.models.unilip.published_shapes import vision_config
 
 # (prefix in the file, our prefix); they exclude each other.
 PREFIXES = (
@@ -109,7 +110,7 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> TokenizerConfig
     vision = vision_config(tensors)
     return TokenizerConfig(
         vision=vision,
-        decoder=decoder_config(tensors),
+        decoder=decoder_config(tensors, DECODER),
         text_width=tensors.of("multi_modal_projector.1.weight", 2)[0],
         output_size=vision.image_size,
         image_mean=IMAGENET_MEAN,

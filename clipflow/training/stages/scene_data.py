@@ -39,7 +39,7 @@ class SceneText:
         multimodal = isinstance(config, BLIP3oConfig)
         # Where pictures have rows and columns: the id at their places, and features per side.
         self.grid = (config.tokens.image_pad, feature_side(config)) if multimodal else None
-        question, picture = self.prompts.question("?"), self.prompts.image()
+        question, picture = self.prompts.question("?"), self.prompts.picture()
         self._head = question[: question.index(picture) + len(picture)]
         self.prefix = self.prompts.ids(self._head)
         self.ids = lru_cache(maxsize=200_000)(self.prompts.ids)

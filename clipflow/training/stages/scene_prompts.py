@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from clipflow.models.blip3o.config import BLIP3oConfig
 from clipflow.models.unilip.config import UniLIPConfig
-from clipflow.pipelines.prompts import Prompts
+from clipflow.pipelines.prompts import MARKERS, Prompts
+from clipflow.pipelines.unilip_prompts import UniLIPPrompts
 from clipflow.scenes.tokenizer import make_blip3o_tokenizer, make_tokenizer
 
 SceneConfig = UniLIPConfig | BLIP3oConfig
@@ -16,24 +17,27 @@ class BLIP3oScenePrompts(Prompts):
     An instruction to edit comes before the picture: what reads the picture knows what to change.
     """
 
+    reserved = (*MARKERS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "[IMG]")
+
     def text_to_image(self, prompt: str | None) -> str:
         text = f"Please generate image based on the following caption: {prompt or ''}"
         return self.chat([("user", text)]) + "[IMG]"
 
     def edit(self, instruction: str | None) -> str:
         text = f"Please edit the given image based on the following instruction: {instruction or ''}"
-        return self.chat([("user", f"{text}\n{self.image()}")]) + "[IMG]"
+        return self.chat([("user", f"{text}\n{self.picture()}")]) + "[IMG]"
 
-    def image(self, tiles: int = 1) -> str:
-        side = self.config.vision.image_size // self.config.vision.feature_pixels
-        return "<|vision_start|>" + "<|image_pad|>" * (tiles * side**2) + "<|vision_end|>"
+    def picture(self, size: int | None = None) -> str:
+        """Of `size` features; those of the native size if None."""
+        size = feature_side(self.config) ** 2 if size is None else size
+        return "<|vision_start|>" + "<|image_pad|>" * size + "<|vision_end|>"
 
 
 def scene_prompts(config: SceneConfig) -> Prompts:
     """The templates that a scenes model of this configuration is trained with."""
     if isinstance(config, BLIP3oConfig):
         return BLIP3oScenePrompts(make_blip3o_tokenizer(), config)
-    return Prompts(make_tokenizer(), config)
+    return UniLIPPrompts(make_tokenizer(), config)
 
 
 def feature_side(config: SceneConfig) -> int:

@@ -1,6 +1,6 @@
-"""Activations of one evaluation of a SANA transformer, allocated once."""
+"""Activations of one evaluation of a transformer, allocated once."""
 
-# Shape suffixes: R = rows, N = image tokens, D = channels, M = hidden channels of one half.
+# Shape suffixes: R = rows, N = image tokens, D = channels, C = channels of the velocity.
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from clipflow.models.dits.linears import Operand
 
 
 @dataclass(frozen=True)
@@ -21,8 +19,10 @@ class Buffers:
         normed: its modulated norm, [R, N, D].
         branch: what a branch adds to the stream, [R, N, D].
         velocity: of the latents, [R, C, N].
-        shared_wide: packed q, k and v; cross-attention's queries; both halves of the feed-forward.
-        shared_middle: the mixed values of self-attention; the gated half of the feed-forward.
+        shared_wide: what packed projections give: q, k and v, and behind them normed q and k;
+            cross-attention's queries, and behind them the normed ones; both halves of the
+            feed-forward.
+        shared_middle: what is made of that: mixed values; the gated half of the feed-forward.
     """
 
     hidden: Tensor
@@ -38,20 +38,25 @@ class Buffers:
         rows: int,
         tokens: int,
         channels: int,
-        hidden: int,
-        out_channels: int,
         *,
+        wide: int,
+        middle: int,
+        out_channels: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> Buffers:
-        """Buffers for R = `rows`, N = `tokens`, D = `channels` and M = `hidden`."""
+        """Buffers for R = `rows`, N = `tokens`, D = `channels` and C = `out_channels`.
+
+        Args:
+            wide, middle: most channels that the shared buffers are asked for.
+        """
         kind = {"dtype": dtype, "device": device}
         stream = (rows, tokens, channels)
         return cls(
             *(torch.empty(stream, **kind) for _ in range(3)),
             velocity=torch.empty(rows, out_channels, tokens, **kind),
-            shared_wide=torch.empty(rows, tokens * max(3 * channels, 2 * hidden), **kind),
-            shared_middle=torch.empty(rows, tokens * max(channels, hidden), **kind),
+            shared_wide=torch.empty(rows, tokens * wide, **kind),
+            shared_middle=torch.empty(rows, tokens * middle, **kind),
         )
 
     @property
@@ -66,6 +71,13 @@ class Buffers:
         """The shared buffer as [R * N, width]."""
         return self._shared(self.shared_wide, width)
 
+    def behind(self, width: int, *widths: int) -> list[Tensor]:
+        """The places behind [R * N, `width`] in that buffer, [R * N, w] of each w in `widths`."""
+        tokens = self.hidden.shape[0] * self.hidden.shape[1]
+        free = self.shared_wide.flatten()[tokens * width : tokens * (width + sum(widths))]
+        parts = free.split([tokens * w for w in widths])
+        return [part.view(tokens, w) for part, w in zip(parts, widths, strict=True)]
+
     def middle(self, width: int) -> Tensor:
         """The other shared buffer as [R * N, width]."""
         return self._shared(self.shared_middle, width)
@@ -73,24 +85,3 @@ class Buffers:
     def _shared(self, buffer: Tensor, width: int) -> Tensor:
         tokens = self.hidden.shape[0] * self.hidden.shape[1]
         return buffer.flatten()[: tokens * width].view(tokens, width)
-
-
-@dataclass
-class Stream:
-    """One evaluation on its way through the blocks.
-
-    Attributes:
-        hidden: the residual stream, [R, N, D], written in place.
-        normed: its modulated norm, for the block that is next or the output.
-        modulation: shifts, scales and gates without the blocks' tables, six of [R, D].
-        after: (shift, scale, table) of the norm before each block, and of the output's.
-        gates: of all blocks, [blocks, 2, D].
-        buffers: of R rows.
-    """
-
-    hidden: Tensor
-    normed: Operand
-    modulation: list[Tensor]
-    after: list[tuple[Tensor, Tensor, Tensor]]
-    gates: Tensor
-    buffers: Buffers

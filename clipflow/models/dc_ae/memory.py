@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from clipflow.models.unilip.config import DecoderConfig
+from clipflow.models.dc_ae.config import DecoderConfig
 
 DECODE_BUDGET = 1 << 30  # bytes of activations that `PixelDecoder.decode` keeps within
 

@@ -1,0 +1,39 @@
+"""Which pixel decoder a folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from clipflow.models.blip3o.feature_decoder import MODEL_TYPE, FeatureDecoder
+from clipflow.models.blip3o.sdxl_decoder import SDXLDecoder
+from clipflow.models.folders.checkpoint import CONFIG_FILE, read_config
+
+FOLDER = "diffusion-decoder"
+
+PixelDecoder = SDXLDecoder | FeatureDecoder
+
+
+def load_decoder(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> PixelDecoder:
+    """The decoder in `folder`, which a model's folder has as `diffusion-decoder`.
+
+    A config.json in it says that it is a `FeatureDecoder`; published ones have none there.
+
+    Raises:
+        FileNotFoundError, ValueError: as `from_folder` of both.
+    """
+    if (Path(folder) / CONFIG_FILE).exists():
+        found = read_config(folder).get("model_type")
+        if found != MODEL_TYPE:
+            raise ValueError(
+                f"load: {Path(folder) / CONFIG_FILE} must have the model_type {MODEL_TYPE!r}, "
+                f"got {repr(found)[:80]}"
+            )
+        return FeatureDecoder.from_folder(folder, dtype=dtype, device=device)
+    return SDXLDecoder.from_folder(folder, dtype=dtype, device=device)

@@ -1,0 +1,1 @@
+"""The decoder of DC-AE, which draws the pictures of several families."""
