@@ -28,7 +28,6 @@ BLIP3O_SPECIAL_TOKENS = (
 # Words of BLIP3-o's instructions that are none of the world's.
 BLIP3O_SENTENCES = (
     "Please generate image based on the following caption:",
-    "Please edit the given image based on the following instruction:",
     "Please reconstruct the given image.",
 )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from clipflow.models.blip3o.config import BLIP3oConfig
+from clipflow.models.blip3o.feature_decoder import FeatureDecoder, FeatureDecoderConfig
 from clipflow.models.blip3o.model import BLIP3oModel
 from clipflow.models.unilip import UniLIPModel
 
@@ -50,6 +51,22 @@ def inherit(
     parameters = dict(model.named_parameters())
     for name, value in weights.items():
         parameters[name].copy_(value)
+
+
+@torch.no_grad()
+def inherit_decoder(teacher: UniLIPModel, config: BLIP3oConfig) -> FeatureDecoder:
+    """The teacher's decoder behind a projection that picks its latents out of the features."""
+    sizes = FeatureDecoderConfig(
+        feature_width=config.dit.in_channels,
+        grid_side=config.latent_side,
+        spread=teacher.config.latent_side // config.latent_side,
+        decoder=teacher.config.decoder,
+    )
+    decoder = FeatureDecoder(sizes)
+    decoder.decoder.load_state_dict(teacher.vae_decoder.decoder.state_dict())
+    decoder.proj.weight.copy_(torch.eye(*decoder.proj.weight.shape))
+    decoder.proj.bias.zero_()
+    return decoder.eval()
 
 
 def token_rows(

@@ -74,5 +74,3 @@ def cell_labels(scene: Scene) -> Tensor:
         place = torch.tensor([COLORS.index(thing.color), FORMS.index(thing.shape)])
         labels[thing.cell] = place
     return labels
-
-

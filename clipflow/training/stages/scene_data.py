@@ -108,9 +108,7 @@ def left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _positions(
-    ids: np.ndarray, segments: np.ndarray, grid: tuple[int, int] | None
-) -> np.ndarray:
+def _positions(ids: np.ndarray, segments: np.ndarray, grid: tuple[int, int] | None) -> np.ndarray:
     """[3, n]: of time, row and column; each segment counts on from the picture's."""
     picture = int((segments == 0).sum())
     first = _picture_positions(ids[:picture], grid)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clipflow.training.blip3o_scenes import untrained
 from clipflow.training.recipe import Recipe
 from clipflow.training.stages.scene_data import normalize
 from clipflow.training.teacher import Lessons, load_teacher, picture_lessons, standardizer
@@ -72,5 +73,7 @@ def wanted_targets(pool: Lessons, config: object) -> Tensor:
     scale = meant[:512].float().std(dim=(0, 2, 3), keepdim=True)
     return torch.cat([drawn, (meant / scale).half()], dim=1)
 
+
+__all__ = ["STAGE", "Target", "untrained"]
 
 STAGE = Target

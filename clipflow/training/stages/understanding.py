@@ -41,9 +41,7 @@ class Understanding:
     queries are taught what to say, per batch; `queries_weight` of that loss.
     """
 
-    def setup(
-        self, model: nn.Module, recipe: Recipe, workdir: Path, device: torch.device
-    ) -> None:
+    def setup(self, model: nn.Module, recipe: Recipe, workdir: Path, device: torch.device) -> None:
         self.model, self.recipe, self.device = model, recipe, device
         self.text = SceneText(model.config)
         self.images_per_batch = recipe.batch_size
