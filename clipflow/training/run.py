@@ -178,7 +178,7 @@ def _origin(source: Path | None) -> str | None:
 
 
 def _initial_model(recipe: Recipe, source: Path | None) -> nn.Module:
-    """The model in `source`, or the untrained one that the stage's module or the first chain has."""
+    """The model in `source`, else the untrained one of the stage, else of the first chain."""
     # Imported here: they bring transformers and diffusers, which `--help` need not wait for.
     from clipflow.training import scenes_model
 

@@ -25,7 +25,7 @@ from clipflow.training.teacher import Lessons, load_teacher, picture_lessons, st
 
 
 class Target:
-    """Options: `pictures`, the size of the pool; `meaning`, the weight of the features' channels."""
+    """Options: `pictures`, size of the pool; `meaning`, weight of the channels of features."""
 
     def setup(self, model: nn.Module, recipe: Recipe, workdir: Path, device: torch.device) -> None:
         self.model, self.recipe, self.device = model, recipe, device
