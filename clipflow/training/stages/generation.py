@@ -76,7 +76,7 @@ class Generation:
         self.text = SceneText(model.config)
         self.noises = options.get("noises", 2)
         self.dropout = options.get("dropout", 0.1)
-        self.has_null = hasattr(model, "null_condition")
+        self.has_null = model.null_condition() is not None
         self.edit_share = options.get("edit_share", 0.0)
         self.times = {
             "mean": options.get("time_mean", 0.0),
