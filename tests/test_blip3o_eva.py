@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 from recordings import recording
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from clipflow.errors import ShapeError
 from clipflow.models.blip3o.eva import EVAConfig, EVATower, pooled_grid
-from clipflow.models.blip3o.eva_keys import PREFIXES, eva_config, eva_names
+from clipflow.models.blip3o.eva_keys import PREFIXES, eva_config, eva_names, load_eva
 
 TOLERANCE = 1e-5
 TINY = EVAConfig(
@@ -106,6 +106,23 @@ def test_names_in_published_files(recorded, prefix):
     assert (found.image_size, found.patch_size, found.pool) == (112, 14, 4)
     tower = EVATower(found)
     assert {own: tuple(tensor.shape) for own, tensor in tower.state_dict().items()} == state
+
+
+@torch.no_grad()
+def test_the_tower_in_a_folder(recorded, recorded_tower, tmp_path):
+    state = {f"visual.{own}": tensor for own, tensor in recorded[0].items()}
+    others = {"visual.norm.weight": torch.ones(3), "logit_scale": torch.ones(())}
+    save_file({**state, **others}, tmp_path / "model.safetensors")
+    pixels = recorded[1]["in.pixels"]
+    assert torch.equal(load_eva(tmp_path)(pixels), recorded_tower(pixels))
+    assert load_eva(tmp_path, pool=2).target(pixels).shape == (1, 32, 4, 4)
+    assert load_eva(tmp_path, dtype=torch.bfloat16).pos_embed.dtype == torch.bfloat16
+    save_file({**state, "visual.pos_embed": torch.ones(1, 66, 32)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"pos_embed: must have shape \[1, 65, 32\], got"):
+        load_eva(tmp_path)
+    save_file(others, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="must hold an EVA-CLIP tower, got no cls_token"):
+        load_eva(tmp_path)
 
 
 def test_files_without_a_tower():

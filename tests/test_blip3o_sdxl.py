@@ -12,9 +12,10 @@ from recordings import recording
 from safetensors.torch import load_file
 from tiny_sdxl import UNET, VAE, tiny_decoder
 
-from clipflow.errors import InputError, SamplingError, ShapeError
+from clipflow.errors import InputError, NotEnoughMemory, SamplingError, ShapeError
 from clipflow.models.blip3o.sdxl_decoder import SDXLDecoder
 from clipflow.pipelines.image_processor import postprocess
+from clipflow.sampling import memory
 
 STEPS = 4
 CASES = {"cfg3": 3.0, "cfg1": 1.0}
@@ -219,6 +220,17 @@ def test_tiles_draw_nearly_the_same():
     assert not torch.equal(tiled, whole)
     decoder.tiling = False
     assert torch.equal(small(decoder, features, **options), whole)
+
+
+def test_memory_is_asked_for_first(monkeypatch):
+    decoder, features, null = tiny_decoder(), torch.ones(3, 4, 6), torch.zeros(4, 6)
+    needed = decoder.activation_bytes(3, 8, 8)
+    assert needed > decoder.activation_bytes(3, 8, 8, guided=False)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: needed)
+    small(decoder, features, null)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: needed - 1)
+    with pytest.raises(NotEnoughMemory, match="drawing 3 pictures of 8 x 8 pixels needs"):
+        small(decoder, features, null)
 
 
 FEATURES, NULL = torch.ones(2, 4, 6), torch.zeros(4, 6)

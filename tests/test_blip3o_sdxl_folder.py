@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tiny_sdxl import tiny_decoder
+from tiny_sdxl import SDXL_UNET, tiny_decoder
 
 from clipflow.models.blip3o import sdxl_folder
 from clipflow.models.blip3o.sdxl_config import (
@@ -285,28 +285,11 @@ def test_odd_weights(folder, tensor, message):
 )
 def test_sizes_of_sdxl(width, pooled, count):
     """The second is SDXL's with features in the place of text; the first's count is well known."""
-    values = {
-        **{"cross_attention_dim": width, "projection_class_embeddings_input_dim": pooled + 1536},
-        **SDXL_UNET,
-    }
+    widths = {"cross_attention_dim": width, "projection_class_embeddings_input_dim": pooled + 1536}
+    values = {**SDXL_UNET, **widths}
     check_depth(values, 1680, "unet")
     unet = build_part(UNet2DConditionModel, values, "unet")
     assert len(unet.state_dict()) == 1680
     assert sum(p.numel() for p in unet.parameters()) == count
     if width == pooled:
         check_unet(unet, "unet")
-
-
-SDXL_UNET = {
-    "sample_size": 128,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "attention_head_dim": [5, 10, 20],
-    "block_out_channels": [320, 640, 1280],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 2,
-    "transformer_layers_per_block": [1, 2, 10],
-    "upcast_attention": None,
-    "use_linear_projection": True,
-}

@@ -1,4 +1,4 @@
-"""A random SDXL decoder of a few thousand weights; the sizes of its parts."""
+"""A random SDXL decoder of a few thousand weights; its sizes and the published."""
 
 import torch
 
@@ -32,6 +32,32 @@ VAE = {
     "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"],
     "sample_size": 8,
     "scaling_factor": 0.5,
+}
+
+# Emu2-Gen's UNet: SDXL's, with features in the place of text. The VAE is SDXL's.
+SDXL_UNET = {
+    "sample_size": 128,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 1792,
+    "projection_class_embeddings_input_dim": 3328,
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 2, 10],
+    "upcast_attention": None,
+    "use_linear_projection": True,
+}
+SDXL_VAE = {
+    "latent_channels": 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
 }
 
 

@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     import torch
 
     from clipflow.pipelines import CLIPFlowPipeline, UniLIPTokenizer
+    from clipflow.pipelines.decoding import FeatureDecoding
     from clipflow.sampling import StepCache
 
 DTYPES = ("float32", "bfloat16", "float16")
 SOLVERS = ("dpmpp_2m", "euler", "heun")
 TIERS = ("faithful", "fast")
 OUTPUT_RESOLUTIONS = ("model", "native")
+DECODER_NULLS = ("sampled", "zero")
 OFFLOAD_MODES = ("auto", "never", "always")
 
 
@@ -79,13 +81,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """--steps, --guidance, --solver, --seed, --num-images, --output-resolution, and of speed."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--steps", type=steps, help="solver steps (default: the model's, 20)")
+    group.add_argument("--steps", type=steps, help="solver steps (default: the model's)")
     group.add_argument(
         "--guidance",
         type=guidance,
         help="how strictly to follow the text; 1 is off (default: the model's)",
     )
-    group.add_argument("--solver", choices=SOLVERS, help="default: dpmpp_2m")
+    group.add_argument("--solver", choices=SOLVERS, help="default: the model's")
     group.add_argument("--seed", type=seed, help="of the first picture; the next ones count up")
     group.add_argument(
         "--num-images", type=at_least_one, default=1, metavar="N", help="pictures of each text"
@@ -97,6 +99,36 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="as the model's authors resize, or native: as decoded (default: model)",
     )
     add_speed_options(group)
+    add_decoding_options(parser)
+
+
+def add_decoding_options(parser: argparse.ArgumentParser) -> None:
+    """--decoder-steps, --decoder-guidance, --decoder-null."""
+    group = parser.add_argument_group("decoder, where it is a diffusion model (BLIP3-o)")
+    group.add_argument("--decoder-steps", type=steps, help="steps (default: 50)")
+    group.add_argument(
+        "--decoder-guidance", type=guidance, help="how strictly to follow the features (default: 3)"
+    )
+    group.add_argument(
+        "--decoder-null",
+        choices=DECODER_NULLS,
+        help="what guidance steers away from: features of no prompt, or zeros (default: sampled)",
+    )
+
+
+def decoding_options(args: argparse.Namespace) -> FeatureDecoding | None:
+    """What `add_decoding_options` read; None where nothing was said."""
+    said = {
+        "num_inference_steps": args.decoder_steps,
+        "guidance_scale": args.decoder_guidance,
+        "null": args.decoder_null,
+    }
+    said = {name: value for name, value in said.items() if value is not None}
+    if not said:
+        return None
+    from clipflow.pipelines.decoding import FeatureDecoding
+
+    return FeatureDecoding(**said)
 
 
 def add_speed_options(parser: argparse._ActionsContainer) -> None:
@@ -117,6 +149,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "guidance_scale": args.guidance,
         "solver": args.solver,
         "output_resolution": args.output_resolution,
+        "decoding": decoding_options(args),
         **speed_options(args),
     }
 

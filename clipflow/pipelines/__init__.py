@@ -8,10 +8,18 @@ import importlib
 _EXPORTS = {
     "CLIPFlowPipeline": "clipflow.pipelines.clipflow_pipeline",
     "CLIPFlowPipelineOutput": "clipflow.pipelines.output",
+    "FeatureDecoding": "clipflow.pipelines.decoding",
+    "ImageTokenSampling": "clipflow.pipelines.decoding",
     "UniLIPTokenizer": "clipflow.pipelines.image_tokenizer",
 }
 
-__all__ = ["CLIPFlowPipeline", "CLIPFlowPipelineOutput", "UniLIPTokenizer"]
+__all__ = [
+    "CLIPFlowPipeline",
+    "CLIPFlowPipelineOutput",
+    "FeatureDecoding",
+    "ImageTokenSampling",
+    "UniLIPTokenizer",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from clipflow.pipelines.arguments import broadcast, listed, paired, positive
+from clipflow.pipelines.decoding import FeatureDecoding, ImageTokenSampling
 from clipflow.pipelines.families.base import Conditions
 from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.image_processor import postprocess
 from clipflow.pipelines.language import LanguageCalls
-from clipflow.pipelines.offload import DECODER
 from clipflow.pipelines.options import (
     Generators,
     SamplingOptions,
@@ -58,6 +57,8 @@ class CLIPFlowPipeline(LanguageCalls):
         batch_invariant: bool = False,
         tier: str | None = None,
         step_cache: StepCache | None = None,
+        decoding: FeatureDecoding | None = None,
+        image_tokens: ImageTokenSampling | None = None,
     ) -> CLIPFlowPipelineOutput | tuple[Pictures]:
         """Draw pictures.
 
@@ -65,12 +66,14 @@ class CLIPFlowPipeline(LanguageCalls):
             prompt: a text, or a list of them.
             negative_prompt: what to steer away from, one for all prompts or one for each.
             num_images_per_prompt: pictures of each prompt; they come out next to each other.
-            num_inference_steps: solver steps; the model's default (20) when not given.
-            guidance_scale: 1 is no guidance; the model's default (UniLIP: 4.5) when not given. One
-                for all, or a list with one for each prompt or each picture.
+            num_inference_steps: solver steps; the model's default (UniLIP: 20, BLIP3-o: 30) when
+                not given.
+            guidance_scale: 1 is no guidance; the model's default (UniLIP: 4.5, BLIP3-o: 3) when
+                not given. One for all, or a list with one for each prompt or each picture.
             guidance_interval: (start, end), fractions of the steps; guidance is off outside, which
                 halves the work there.
-            solver: "dpmpp_2m" (default), "euler" or "heun" (two model calls a step).
+            solver: "dpmpp_2m" (UniLIP's default), "euler" (BLIP3-o's) or "heun" (two model calls a
+                step).
             height, width: in pixels, multiples of the decoder's factor; the model's native size
                 when neither is given. One for all or a list, as `guidance_scale`.
             generator: one for the batch, or a list with one for each picture: then a list of
@@ -88,6 +91,9 @@ class CLIPFlowPipeline(LanguageCalls):
             tier: "faithful" or "fast"; the pipeline's own when not given.
             step_cache: a `FirstBlockCache` or `TaylorForecast`, to skip steps at some loss; the
                 steps skipped are in the output. Pictures sampled together are skipped together.
+            decoding: a `FeatureDecoding`, for models whose decoder is a diffusion model (BLIP3-o);
+                its defaults when not given.
+            image_tokens: an `ImageTokenSampling`, for models that draw image tokens (BLIP3o-NEXT).
 
         Raises:
             InputError: an empty prompt, or an option that cannot be.
@@ -114,9 +120,11 @@ class CLIPFlowPipeline(LanguageCalls):
             batch_invariant=batch_invariant,
             tier=tier,
             step_cache=step_cache,
+            decoding=decoding,
+            image_tokens=image_tokens,
         )
         conditions = self.family.encode(self, prompts, negatives, None, options)
-        pictures, skipped = self._generate(conditions, options)
+        pictures, skipped = self.pictures(conditions, options)
         return self._output(pictures, return_dict, skipped)
 
     @torch.no_grad()
@@ -142,6 +150,8 @@ class CLIPFlowPipeline(LanguageCalls):
         batch_invariant: bool = False,
         tier: str | None = None,
         step_cache: StepCache | None = None,
+        decoding: FeatureDecoding | None = None,
+        image_tokens: ImageTokenSampling | None = None,
     ) -> CLIPFlowPipelineOutput | tuple[Pictures]:
         """Redraw pictures as told.
 
@@ -177,10 +187,12 @@ class CLIPFlowPipeline(LanguageCalls):
             batch_invariant=batch_invariant,
             tier=tier,
             step_cache=step_cache,
+            decoding=decoding,
+            image_tokens=image_tokens,
         )
         pixels = self.image_processor(images)
         conditions = self.family.encode(self, prompts, negatives, pixels, options)
-        pictures, skipped = self._generate(conditions, options)
+        pictures, skipped = self.pictures(conditions, options)
         return self._output(pictures, return_dict, skipped)
 
     @torch.no_grad()
@@ -224,9 +236,13 @@ class CLIPFlowPipeline(LanguageCalls):
         height: int | Sequence[int] | None,
         width: int | Sequence[int] | None,
         tier: str | None,
+        decoding: FeatureDecoding | None,
+        image_tokens: ImageTokenSampling | None,
         **others: Any,
     ) -> SamplingOptions:
         """Checked options of one call; None takes the model's default."""
+        own = {"decoding": decoding, "image_tokens": image_tokens}
+        self.family.check_own(own, self.model)
         defaults = self.defaults
         count = (prompts, positive("num_images_per_prompt", images_per_prompt))
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
@@ -240,10 +256,30 @@ class CLIPFlowPipeline(LanguageCalls):
             sizes=tuple(self.family.picture_size(*pair, self.model.config) for pair in sides),
             solver=defaults.solver if solver is None else solver,
             tier=self.tier if tier is None else tier,
+            **own,
             **others,
         )
 
-    def _generate(
+    def sampling_options(
+        self, pictures: int, *, generator: Generators, output_type: str
+    ) -> SamplingOptions:
+        """Of a call for `pictures` that leaves everything else at the model's defaults."""
+        nothing = dict.fromkeys(
+            ("num_inference_steps", "guidance_scale", "solver", "height", "width", "latents",
+             "callback", "tier", "step_cache", "decoding", "image_tokens")
+        )  # fmt: skip
+        return self._options(
+            pictures,
+            1,
+            **nothing,
+            guidance_interval=(0.0, 1.0),
+            generator=generator,
+            output_type=output_type,
+            output_resolution="model",
+            batch_invariant=False,
+        )
+
+    def pictures(
         self, conditions: Conditions, options: SamplingOptions
     ) -> tuple[Pictures, tuple[tuple[int, ...], ...]]:
         """Sample a picture of each condition, and draw them.
@@ -255,7 +291,7 @@ class CLIPFlowPipeline(LanguageCalls):
         noise = options.noise(self.model.config.latent_channels, self.device, dtype)
         runs = self.sampler.runs(options)
         total = len(runs) * options.num_inference_steps
-        with tqdm(total=total, **self._progress_bar_config) as bar:
+        with tqdm(total=total, **self.progress) as bar:
             sampled = [
                 self.sampler.latents(
                     run,
@@ -274,12 +310,10 @@ class CLIPFlowPipeline(LanguageCalls):
             for sample in run.samples
         }
         resize = options.output_resolution == "model"
-        needs_decoder = options.output_type != "latent"
-        with self.offload.running(DECODER) if needs_decoder else nullcontext():
-            pictures = [
-                self._pictures(latents, run, options, resize=run.size.native and resize)
-                for run, (latents, _) in zip(runs, sampled, strict=True)
-            ]
+        pictures = [
+            self._pictures(latents, run, options, resize=run.size.native and resize)
+            for run, (latents, _) in zip(runs, sampled, strict=True)
+        ]
         return in_order(pictures, [run.samples for run in runs]), (
             () if options.step_cache is None else tuple(skipped[k] for k in sorted(skipped))
         )

@@ -148,12 +148,8 @@ class ConditionEncoder:
             InputError: a text is longer than the model can read.
         """
         write = self.prompts.text_to_image
-        wanted = [NULL if self._is_constant(text) else (write(text), b"") for text in texts]
-
-        def encode(missing: list[int]) -> list[Tensor]:
-            return self._encode([wanted[i][0] for i in missing], None)
-
-        return self._through_cache(wanted, encode, one_by_one)
+        wanted = [None if self._is_constant(text) else write(text) for text in texts]
+        return self.written(wanted, one_by_one=one_by_one)
 
     @torch.no_grad()
     def edit(
@@ -176,11 +172,33 @@ class ConditionEncoder:
                 f"edit: pixel_values must be [{len(texts)}, 3, S, S], got "
                 f"{list(pixel_values.shape)}"
             )
+        write = self.prompts.edit
+        wanted = [None if self._is_constant(text) else write(text) for text in texts]
+        return self.written(wanted, pixel_values=pixel_values, one_by_one=one_by_one)
+
+    @torch.no_grad()
+    def written(
+        self,
+        prompts: Sequence[str | None],
+        *,
+        pixel_values: Tensor | None = None,
+        one_by_one: bool = False,
+    ) -> list[Tensor]:
+        """Conditions [L_i, C] of prompts that are written already; None is the constant null.
+
+        The other arguments are those of `edit`; without pictures, `pixel_values` is None.
+        """
+        if pixel_values is None:
+            wanted = [NULL if prompt is None else (prompt, b"") for prompt in prompts]
+
+            def encode_texts(missing: list[int]) -> list[Tensor]:
+                return self._encode([wanted[i][0] for i in missing], None)
+
+            return self._through_cache(wanted, encode_texts, one_by_one)
         digests = [_digest(picture) for picture in pixel_values]
-        written = [None if self._is_constant(text) else self.prompts.edit(text) for text in texts]
         wanted = [
-            NULL if text is None else (text, digest)
-            for text, digest in zip(written, digests, strict=True)
+            NULL if prompt is None else (prompt, digest)
+            for prompt, digest in zip(prompts, digests, strict=True)
         ]
 
         def encode(missing: list[int]) -> list[Tensor]:
@@ -188,9 +206,18 @@ class ConditionEncoder:
             rows = {digest: row for row, digest in enumerate(first)}
             pictures = pixel_values[list(first.values())].to(self.model.device, self.model.dtype)
             features = self.model.encode_image(pictures)[[rows[digests[i]] for i in missing]]
-            return self._encode([written[i] for i in missing], features)
+            return self._encode([wanted[i][0] for i in missing], features)
 
         return self._through_cache(wanted, encode, one_by_one)
+
+    def constant(self, name: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, made once for the weights as they are and kept under `name`."""
+        key = (*self._weights(), name)
+        found = self.cache.get(key)
+        if found is None:
+            found = make()
+            self.cache.put(key, found)
+        return found
 
     def _through_cache(
         self,

@@ -14,12 +14,11 @@ from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.offload import LANGUAGE
 from clipflow.pipelines.parts import PipelineParts
 from clipflow.pipelines.prompts import LABEL_QUESTION
+from clipflow.pipelines.readers import Detail
 from clipflow.pipelines.understanding import label_log_likelihoods, label_trees
 
 Text = str | list[str] | Iterator[str]
 Ranking = list[tuple[str, float]]
-
-PICTURES_AT_ONCE = 16
 
 
 class Choice(NamedTuple):
@@ -39,6 +38,7 @@ class LanguageCalls(PipelineParts):
         *,
         max_new_tokens: int | None = None,
         max_tiles: int | None = None,
+        max_pixels: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -58,6 +58,8 @@ class LanguageCalls(PipelineParts):
             max_tiles: a picture is seen as up to so many tiles of the model's size, by its shape,
                 and once as a whole (UniLIP: 12); 1 squashes it into a single one. Families that
                 see pictures at their own size have no tiles.
+            max_pixels: larger pictures are reduced to so many pixels before they are seen
+                (BLIP3-o: as many as its folder says). Families that cut tiles have `max_tiles`.
             temperature: 0 takes the likeliest token always; higher is more random.
             top_p: draw from the likeliest tokens that together have this probability.
             top_k: draw from so many of the likeliest tokens; 0 is all.
@@ -82,7 +84,8 @@ class LanguageCalls(PipelineParts):
                 f"stream=True must have one conversation, got a list of {len(messages)}"
             )
         tiles = self.reader.chat_tiles if max_tiles is None else max_tiles
-        answers = self._answers(conversations, tiles, choice, stream=stream)
+        detail = Detail(tiles, max_pixels)
+        answers = self._answers(conversations, detail, choice, stream=stream)
         return answers[0] if isinstance(answers, list) and not several else answers
 
     def ask(
@@ -92,6 +95,7 @@ class LanguageCalls(PipelineParts):
         *,
         max_new_tokens: int | None = None,
         max_tiles: int | None = None,
+        max_pixels: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -106,6 +110,7 @@ class LanguageCalls(PipelineParts):
             question: one for all pictures or one for each (a single picture may have several).
             max_tiles: as of `chat`, but 1 when not given, which is fast: the whole picture at the
                 model's own size.
+            max_pixels: as of `chat`.
             stream: yield pieces of text that join to the answer; a single question only.
 
         The other arguments are those of `chat`.
@@ -127,7 +132,8 @@ class LanguageCalls(PipelineParts):
         if stream and len(questions) != 1:
             raise InputError(f"stream=True must have one question, got {len(questions)}")
         tiles = self.reader.ask_tiles if max_tiles is None else max_tiles
-        answers = self._answers(conversations, tiles, choice, stream=stream)
+        detail = Detail(tiles, max_pixels)
+        answers = self._answers(conversations, detail, choice, stream=stream)
         several = is_list(image) or is_list(question)
         return answers[0] if isinstance(answers, list) and not several else answers
 
@@ -137,6 +143,7 @@ class LanguageCalls(PipelineParts):
         labels: Sequence[str],
         *,
         question: str = LABEL_QUESTION,
+        max_pixels: int | None = None,
     ) -> Ranking | list[Ranking]:
         """Rank labels by the language model's likelihood of each as the answer to `question`.
 
@@ -147,6 +154,7 @@ class LanguageCalls(PipelineParts):
             image: a picture or a list: paths, PIL images, arrays or tensors.
             labels: at least one text.
             question: the labels are read as its answers.
+            max_pixels: as of `chat`.
 
         Returns:
             [(label, probability)], likeliest first; a list of those for a list of pictures.
@@ -164,11 +172,13 @@ class LanguageCalls(PipelineParts):
         room = max(len(tree.tokens) for tree in trees)
         images = listed(image)
         rankings = []
-        for first in range(0, len(images), PICTURES_AT_ONCE):
-            some = images[first : first + PICTURES_AT_ONCE]
+        detail = Detail(self.reader.ask_tiles, max_pixels)
+        count = self.reader.pictures_at_once(detail)
+        for first in range(0, len(images), count):
+            some = images[first : first + count]
             asked = [Conversation.of_question(image_, question) for image_ in some]
             with self.offload.running(LANGUAGE):
-                reading = self.reader.read(asked, max_tiles=None, room=room)
+                reading = self.reader.read(asked, detail=detail, room=room)
                 scores = label_log_likelihoods(reading, trees)
             for chances in scores.softmax(-1).tolist():
                 pairs = zip(labels, chances, strict=True)
@@ -197,7 +207,7 @@ class LanguageCalls(PipelineParts):
     def _answers(
         self,
         conversations: Sequence[Conversation],
-        max_tiles: int | None,
+        detail: Detail,
         choice: Choice,
         *,
         stream: bool,
@@ -208,7 +218,7 @@ class LanguageCalls(PipelineParts):
         answers = [Answer(self.tokenizer, end) for _ in conversations]
         with self.offload.running(LANGUAGE):
             room = end.max_new_tokens
-            reading = self.reader.read(conversations, max_tiles=max_tiles, room=room)
+            reading = self.reader.read(conversations, detail=detail, room=room)
             steps = make_answers(reading, answers, sampling, dice)
             if stream:
                 return text_pieces(answers[0], self.offload.while_running(LANGUAGE, steps))

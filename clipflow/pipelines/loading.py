@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from clipflow.errors import InputError
-from clipflow.models.folders.checkpoint import open_weights, read_config
+from clipflow.models.folders.checkpoint import read_config
 from clipflow.models.folders.loading import name_weights, open_model
 from clipflow.models.folders.parts import count_shapes, part_of
 from clipflow.pipelines.families import family_of_folder
@@ -92,7 +92,7 @@ def summarize_folder(folder: Path) -> FolderSummary:
     """
     family = family_of_folder(folder)
     with _one_line(folder):
-        values, weights = read_config(folder), open_weights(folder)
+        values, weights = read_config(folder), family.folder_format.open_weights(folder)
         names, shapes = name_weights(weights, family.folder_format)
         dtypes: dict[str, dict[torch.dtype, int]] = {}
         for own, found in names.items():

@@ -16,6 +16,7 @@ from torch import Tensor
 from clipflow.errors import InputError
 from clipflow.models.language.token_sampling import Generators
 from clipflow.pipelines.arguments import is_list
+from clipflow.pipelines.decoding import FeatureDecoding, ImageTokenSampling
 from clipflow.pipelines.output import OUTPUT_RESOLUTIONS, OUTPUT_TYPES
 from clipflow.sampling import SOLVERS, TIERS, StepCache
 from clipflow.sampling.step_cache import check_step_cache
@@ -27,11 +28,15 @@ MAX_STEPS = 1000
 
 
 class PictureSize(NamedTuple):
-    """The latent grid of a picture; a native picture is resized to the model's output size."""
+    """The latent grid of a picture; a native picture is resized to the model's output size.
+
+    `pixels` is (height, width), where the grid does not say it.
+    """
 
     h: int
     w: int
     native: bool
+    pixels: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,7 @@ class SamplingOptions:
         batch_invariant: sample each picture by itself.
         tier: one of `clipflow.sampling.TIERS`.
         step_cache: how steps are skipped, or None.
+        decoding, image_tokens: of the families that have them, or None for the defaults.
     """
 
     num_inference_steps: int
@@ -67,6 +73,8 @@ class SamplingOptions:
     batch_invariant: bool
     tier: str
     step_cache: StepCache | None
+    decoding: FeatureDecoding | None
+    image_tokens: ImageTokenSampling | None
 
     def __post_init__(self) -> None:
         check_steps(self.num_inference_steps)

@@ -109,6 +109,11 @@ class BLIP3oConfig:
         check_rules(_rules(self), "blip3o config")
 
     @property
+    def latent_channels(self) -> int:
+        """Width of the features that are drawn."""
+        return self.dit.in_channels
+
+    @property
     def image_size(self) -> int:
         """Side of the pictures that drawing and editing read."""
         return self.vision.image_size

@@ -1,4 +1,4 @@
-"""Names and sizes of published EVA-CLIP towers: as a file of their own, or inside a BLIP3-o.
+"""Published EVA-CLIP towers, in a folder of their own or inside a BLIP3-o: names, sizes, loading.
 
 Source: specs of BLIP3-o, sections A.6 and A.10.
 """
@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-from clipflow.models.blip3o.eva import EVAConfig
+import torch
+
+from clipflow.models.blip3o.eva import EVAConfig, EVATower
+from clipflow.models.folders.checkpoint import open_weights
+from clipflow.models.folders.loading import FolderFormat, empty_model, name_weights, read_weights
 from clipflow.models.folders.shapes import Shapes
 
 # What a tower's names begin with in files. Where "visual." is Qwen2.5-VL's vision, it has no class
@@ -61,3 +66,40 @@ def eva_config(shapes: Mapping[str, tuple[int, ...]], *, pool: int = 4) -> EVACo
         intermediate_size=tensors.of("blocks.0.mlp.fc1.weight", 2)[0],
         pool=pool,
     )
+
+
+def load_eva(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    pool: int = 4,
+) -> EVATower:
+    """The tower in a folder of safetensors files, in evaluation mode, among whatever they hold.
+
+    Args:
+        directory: of a tower, or of a BLIP3-o that was saved with it. No config.json is asked for.
+        dtype: of the weights; as stored when not given.
+        device: of the weights.
+        pool: of `EVAConfig`.
+
+    Raises:
+        FileNotFoundError: no such folder, or no weights in it.
+        ValueError: a damaged file, no tower, other shapes, or a weight that is not finite.
+    """
+    weights = open_weights(directory)
+    names, shapes = name_weights(weights, _FORMAT)
+    if not names:
+        raise ValueError(f"load: {directory} must hold an EVA-CLIP tower, got no cls_token")
+    config = eva_config(shapes, pool=pool)
+    tower = empty_model(EVATower, config, shapes, str(directory), EVAConfig.to_dict)
+    read_weights(tower, weights, names, str(directory), dtype=dtype, device=device)
+    return tower.eval()
+
+
+_FORMAT = FolderFormat(
+    map_names=eva_names,
+    read_config=lambda values, shapes: eva_config(shapes),
+    sizes=EVAConfig.to_dict,
+    finish=lambda model, device: None,
+)

@@ -12,6 +12,8 @@ Data flow, specs of BLIP3-o, sections A.1 and A.4:
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +27,6 @@ from clipflow.models.blip3o.loading import folder_format
 from clipflow.models.blip3o.qwen import (
     make_language_model,
     make_vision,
-    multimodal_positions,
     patches_of,
     plain_positions,
 )
@@ -33,6 +34,8 @@ from clipflow.models.condition import Condition
 from clipflow.models.dits.lumina import LuminaTransformer
 from clipflow.models.folders import checkpoint
 from clipflow.models.folders.loading import load_model
+from clipflow.models.language.beginnings import find_places
+from clipflow.models.language.positions import Grid, prompt_positions
 
 
 class BLIP3oModel(nn.Module):
@@ -68,6 +71,11 @@ class BLIP3oModel(nn.Module):
         """(C, h, w) of the features that are drawn."""
         side = self.config.latent_side
         return (self.config.dit.in_channels, side, side)
+
+    @property
+    def image_token(self) -> int:
+        """Id of the token that stands where image features go."""
+        return self.config.tokens.image_pad
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "2GB") -> None:
         """Write config.json and safetensors; see `checkpoint.save_folder` for what it promises."""
@@ -173,35 +181,40 @@ class BLIP3oModel(nn.Module):
         return self.latent_queries.new_zeros(self.latent_queries.shape[1:])
 
     def positions(
-        self, input_ids: Tensor, attention_mask: Tensor, grid_thw: Tensor | None = None
+        self, input_ids: Tensor, attention_mask: Tensor, grids: Sequence[Grid] | None = None
     ) -> Tensor:
-        """Positions [3, B, T] for understanding, where pictures have rows and columns."""
-        return multimodal_positions(
-            input_ids,
-            attention_mask,
-            grid_thw,
-            image_pad=self.config.tokens.image_pad,
-            spatial_merge_size=self.config.vision.spatial_merge_size,
-        )
+        """Positions [3, B, T] for understanding, where pictures have rows and columns.
+
+        Args:
+            input_ids: [B, T], padded on either side.
+            attention_mask: [B, T], 1 where a token is real.
+            grids: (rows, columns) of the features of each picture, in the order of the prompts;
+                square ones of the native size when not given.
+        """
+        image = input_ids == self.image_token
+        if grids is None:
+            side = self.config.image_size // self.config.vision.feature_pixels
+            grids = [(side, side)] * (int(image.sum()) // side**2)
+        order = attention_mask.argsort(dim=-1, descending=True, stable=True)  # real tokens first
+        places = find_places(image.gather(1, order), [math.prod(grid) for grid in grids], None)
+        found = prompt_positions(places, grids, input_ids.shape[1]).to(input_ids.device)
+        return found.gather(2, order.argsort(dim=-1).expand(3, -1, -1))
 
     def logits(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         image_features: Tensor | None = None,
-        grid_thw: Tensor | None = None,
+        grids: Sequence[Grid] | None = None,
     ) -> Tensor:
         """Next-token logits [B, T, V] of a prompt, with images or without.
 
         Args:
             input_ids, attention_mask: [B, T].
             image_features: [..., H] of all pictures.
-            grid_thw: [pictures, 3], the grids of patches that they are of; square ones of the
-                native size when not given.
+            grids: as of `positions`.
         """
-        if image_features is not None and grid_thw is None:
-            grid_thw = self._native_grids(image_features)
-        positions = self.positions(input_ids, attention_mask, grid_thw)
+        positions = self.positions(input_ids, attention_mask, grids)
         embeddings = self.embed_prompt(input_ids, image_features)
         return self.head(self.read(embeddings, attention_mask, positions))
 
@@ -244,10 +257,3 @@ class BLIP3oModel(nn.Module):
                 "in diffusion-decoder/"
             )
         return self.decoder(latents, *args, **kwargs)
-
-    def _native_grids(self, image_features: Tensor) -> Tensor:
-        vision = self.config.vision
-        side = vision.image_size // vision.patch_size
-        features = (vision.image_size // vision.feature_pixels) ** 2
-        count = image_features.shape[:-1].numel() // features
-        return torch.tensor([[1, side, side]]).repeat(count, 1)

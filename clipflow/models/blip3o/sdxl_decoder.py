@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clipflow.errors import InputError, SamplingError, ShapeError
+from clipflow.models.blip3o.memory import unet_activations, vae_activations
 from clipflow.models.blip3o.sdxl_config import (
     SDXL_SCHEDULER,
     check_scheduler,
@@ -33,6 +34,7 @@ from clipflow.models.blip3o.sdxl_folder import (
     save_parts,
     without_encoder,
 )
+from clipflow.sampling.memory import require_bytes
 
 if TYPE_CHECKING:  # diffusers takes a second to import
     from diffusers import EulerDiscreteScheduler
@@ -135,6 +137,16 @@ class SDXLDecoder(nn.Module):
         side = self.unet.config.sample_size
         return side * self.upscale if type(side) is int else NATIVE_SIZE
 
+    def activation_bytes(
+        self, pictures: int, height: int, width: int, *, guided: bool = True
+    ) -> int:
+        """What `draw` needs at most beside the weights, without libraries' work space."""
+        size = (height // self.upscale, width // self.upscale)
+        rows = 2 * pictures if guided else pictures
+        sampling = unet_activations(self.unet.config, rows, size, self.dtype)
+        config, dtype = self.vae.config, self.vae.dtype
+        return max(sampling, vae_activations(config, pictures, size, dtype, tiling=self.tiling))
+
     def forward(self, features: Tensor, null_features: Tensor | None = None, **options) -> Tensor:
         """The same as `draw`."""
         return self.draw(features, null_features, **options)
@@ -172,6 +184,7 @@ class SDXLDecoder(nn.Module):
         Raises:
             ShapeError: a tensor has another shape.
             InputError: an option is out of range, or there is guidance and no `null_features`.
+            NotEnoughMemory: the device has no room for them.
             SamplingError: the pictures are not finite.
         """
         height, width = (self.native_size if side is None else side for side in (height, width))
@@ -180,6 +193,9 @@ class SDXLDecoder(nn.Module):
         guided = _check_guidance(guidance_scale) > 1
         cond = self._tokens("features", features)
         null = self._null(null_features, cond) if guided else None
+        needed = self.activation_bytes(len(cond), height, width, guided=guided)
+        what = f"drawing {len(cond)} pictures of {height} x {width} pixels"
+        require_bytes(needed, self.device, what)
         x = self._noise(len(cond), size, generator, latents) * scheduler.init_noise_sigma
         hidden = cond if null is None else torch.cat([cond, null])
         # The published pipeline's order: height, width, crop (0, 0), height, width.

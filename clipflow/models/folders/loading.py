@@ -37,6 +37,7 @@ class FolderFormat:
             tensors, otherwise in weights.
         finish: (model, device) computes the tables that no checkpoint holds.
         wide: beginnings of our names of what is float32 in every dtype.
+        open_weights: opens those of a folder.
     """
 
     map_names: Callable[[Iterable[str]], dict[str, str]]
@@ -44,6 +45,7 @@ class FolderFormat:
     sizes: Callable[[Any], Mapping[str, object]]
     finish: Callable[[nn.Module, torch.device | str], None]
     wide: tuple[str, ...] = ()
+    open_weights: Callable[[str | Path], Weights] = open_weights
 
 
 def load_model(
@@ -92,7 +94,7 @@ def open_model(
     Raises:
         FileNotFoundError, ValueError: as `load_model`.
     """
-    values, weights = read_config(directory), open_weights(directory)
+    values, weights = read_config(directory), folder_format.open_weights(directory)
     names, shapes = name_weights(weights, folder_format)
     config = folder_format.read_config(values, shapes)
     model = empty_model(cls, config, shapes, str(directory), folder_format.sizes)
@@ -106,7 +108,7 @@ def load_config(directory: str | Path, folder_format: FolderFormat) -> Any:
         FileNotFoundError, ValueError: as `load_model`.
     """
     values = read_config(directory)
-    _, shapes = name_weights(open_weights(directory), folder_format)
+    _, shapes = name_weights(folder_format.open_weights(directory), folder_format)
     return folder_format.read_config(values, shapes)
 
 

@@ -61,13 +61,19 @@ class TokenSampling:
         """Of each token to be drawn: [B, V] float64, from `logits` [B, V]; not if greedy."""
         # The largest is taken off first, so that a tiny temperature divides no finite gap to nan.
         scaled = (logits.double() - logits.double().amax(-1, keepdim=True)) / self.temperature
+        best = None
         if 0 < self.top_k < scaled.shape[-1]:
-            least = scaled.topk(self.top_k).values[:, -1:]
-            scaled = scaled.masked_fill(scaled < least, -math.inf)
+            best = scaled.topk(self.top_k)
+            scaled = scaled.masked_fill(scaled < best.values[:, -1:], -math.inf)
         chances = scaled.softmax(-1)
         if self.top_p == 1:
             return chances
-        largest = chances.sort(-1, descending=True).values
+        # Of ties at the border of `top_k` one stands for all, so that what is left need not be
+        # sorted again.
+        if best is None:
+            largest = chances.sort(-1, descending=True).values
+        else:
+            largest = chances.gather(-1, best.indices)
         before = largest.cumsum(-1) - largest  # what the likelier ones have together
         count = (before < self.top_p).sum(-1, keepdim=True).clamp(min=1)
         chances = chances.masked_fill(chances < largest.gather(-1, count - 1), 0)

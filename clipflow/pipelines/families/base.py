@@ -31,7 +31,8 @@ from clipflow.pipelines.output import Pictures
 from clipflow.sampling import FlowSchedule, flow_schedule
 
 if TYPE_CHECKING:
-    from clipflow.pipelines.memory_estimate import CallShape, MemoryEstimate
+    from clipflow.pipelines.memory_calls import CallShape
+    from clipflow.pipelines.memory_estimate import MemoryEstimate
     from clipflow.pipelines.parts import PipelineParts
     from clipflow.pipelines.prompts import Prompts
     from clipflow.pipelines.readers import Reader
@@ -52,11 +53,13 @@ class Family(ABC):
         folder_format: how its folders are read.
         parts: of its parameters, for counts; the diffusion transformer is "DiT".
         wide: those of `parts` that are float32 in every dtype.
+        wide_modules: the same as children of the model.
         shown_parts: those of `parts` under fewer names, for bytes.
         language, decoder: children of the model that read prompts, and that draw: what waits on
             the CPU where a model is offloaded.
         condition_parts: what conditions depend on.
         feature_parts: what the features of pictures that are asked about depend on.
+        own_options: options of calls that only some families have; see `decoding`.
         default_steps, default_solver: where neither the call nor the folder says.
     """
 
@@ -64,11 +67,13 @@ class Family(ABC):
     folder_format: ClassVar[FolderFormat]
     parts: ClassVar[Parts]
     wide: ClassVar[tuple[str, ...]]
+    wide_modules: ClassVar[tuple[str, ...]]
     shown_parts: ClassVar[Parts]
     language: ClassVar[tuple[str, ...]]
     decoder: ClassVar[tuple[str, ...]]
     condition_parts: ClassVar[tuple[str, ...]]
     feature_parts: ClassVar[tuple[str, ...]]
+    own_options: ClassVar[tuple[str, ...]] = ()
     default_steps: ClassVar[int] = 20
     default_solver: ClassVar[str] = "dpmpp_2m"
 
@@ -96,8 +101,8 @@ class Family(ABC):
         """The family's templates."""
 
     @abstractmethod
-    def reader(self, pipeline: PipelineParts) -> Reader:
-        """What reads conversations."""
+    def reader(self, pipeline: PipelineParts) -> Reader | None:
+        """What reads conversations; None where the family has none."""
 
     @abstractmethod
     def finish(self, model: nn.Module, device: torch.device) -> None:
@@ -117,8 +122,14 @@ class Family(ABC):
         if reason is not None:
             raise InputError(f"{call}: {reason}")
 
-    def image_processor(self, folder: Path | None, config: Any) -> ImageProcessor:
-        """What resizes and normalizes pictures to be edited or reconstructed."""
+    def check_own(self, options: Mapping[str, object], model: nn.Module) -> None:
+        """Raise InputError where one of `options` is given and `model` has none of that name."""
+        for name, value in options.items():
+            if value is not None and name not in self.own_options:
+                raise InputError(f"{name} must not be given for {self.name}, which has none")
+
+    def image_processor(self, folder: Path | None, config: Any) -> ImageProcessor | None:
+        """What resizes and normalizes pictures; None where the family sees none."""
         if folder is None:
             return ImageProcessor.from_config(config)
         return ImageProcessor.from_folder(folder, config)
