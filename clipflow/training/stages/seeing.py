@@ -2,7 +2,8 @@
 
 The vision tower has no positions, so it regresses what of the teacher's features depends on the
 content alone. Then the first layers of the language model, which the teacher does not have, learn
-to add where each feature is, in the positions of understanding and in the plain ones of drawing.
+to add where each feature is, in the positions of understanding and in the plain ones of drawing,
+and to leave words as they are.
 """
 
 # Shape suffixes: B = pictures, N = features of one, H = width of the language model.
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from clipflow.models.blip3o.model import BLIP3oModel
 from clipflow.models.blip3o.qwen import make_language_model, plain_positions
+from clipflow.scenes import QUESTION_KINDS, TAGS, make_prompt, random_scene, sample_question
 from clipflow.training.recipe import Recipe
 from clipflow.training.stages.scene_data import SceneText, normalize, pack
 from clipflow.training.teacher import ENCODE_BATCH, load_teacher, picture_lessons
@@ -39,11 +41,7 @@ class Seeing:
         count = recipe.options.get("pictures", 12_000)
         self.pool = picture_lessons(load_teacher(), count, rng, workdir)
         self.first = first_layers(model, recipe.options.get("new_layers", 1))
-        text = SceneText(model.config)
-        row = list(text.prefix)
-        packed = pack([(row, row, [0] * len(row))], text)
-        self.ids, multimodal = packed["input_ids"], packed["position_ids"]
-        self.positions = torch.cat([multimodal, plain_positions(torch.ones_like(self.ids))], dim=1)
+        self.text = SceneText(model.config)
         trained = any(p.requires_grad for p in model.visual.parameters())
         self.seen = None if trained else self._seen()
 
@@ -56,31 +54,49 @@ class Seeing:
             seen.append(self.model.encode_image(pixels).cpu().half())
         return torch.cat(seen)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """Pictures or their features, the teacher's features; and what is said about pictures."""
         rng = np.random.default_rng([self.recipe.seed, 8, step])
         chosen = rng.integers(len(self.pool.features), size=self.recipe.batch_size)
         wanted = self.pool.features[chosen].float()
-        if self.seen is not None:
-            return self.seen[chosen].float(), wanted
-        return normalize(self.pool.pictures[chosen], self.model.config), wanted
-
-    def loss(self, batch: tuple[Tensor, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        given, wanted = (part.to(self.device) for part in batch)
         if self.seen is None:
-            loss = F.mse_loss(self.model.encode_image(given), wanted)
-            return loss, {}
-        read = self.first(
-            inputs_embeds=self.model.embed_prompt(self.ids.expand(len(given), -1), given).repeat(
-                2, 1, 1
-            ),
+            return normalize(self.pool.pictures[chosen], self.model.config), wanted
+        asked = None
+        while asked is None:
+            kind = QUESTION_KINDS[rng.integers(len(QUESTION_KINDS))]
+            asked = sample_question(rng, random_scene(rng), kind)
+        prompt = make_prompt(rng, TAGS[rng.integers(len(TAGS))], seen=True).text
+        packed = pack([self.text.conversation([asked])], self.text)
+        alone = torch.tensor([self.text.ids(self.text.prompts.text_to_image(prompt))])
+        given = self.seen[chosen].float()
+        return given, wanted, packed["input_ids"], packed["position_ids"], alone
+
+    def loss(self, batch: tuple[Tensor, ...], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        given, wanted, *rows = (part.to(self.device) for part in batch)
+        if self.seen is None:
+            return F.mse_loss(self.model.encode_image(given), wanted), {}
+        ids, positions, alone = rows
+        pictures = ids[0] == self.model.config.tokens.image_pad
+        embedded = self.model.embed_prompt(ids.expand(len(given), -1), given)
+        count = len(given)
+        plain = plain_positions(torch.ones_like(ids))
+        losses = {}
+        for name, places in (("multimodal", positions), ("plain", plain)):
+            read = self._read(embedded, places.expand(-1, count, -1))
+            losses[name] = F.mse_loss(read[:, pictures], wanted)
+            losses[f"{name}_words"] = F.mse_loss(read[:, ~pictures], embedded[:, ~pictures])
+        words = self.model.embed_prompt(alone)
+        read = self._read(words, plain_positions(torch.ones_like(alone)))
+        losses["words"] = F.mse_loss(read, words)
+        return sum(losses.values()), {name: loss.detach() for name, loss in losses.items()}
+
+    def _read(self, embedded: Tensor, positions: Tensor) -> Tensor:
+        return self.first(
+            inputs_embeds=embedded,
             attention_mask={"full_attention": None},
-            position_ids=self.positions.repeat_interleave(len(given), dim=1),
+            position_ids=positions,
             use_cache=False,
         ).last_hidden_state
-        places = self.ids[0] == self.model.config.tokens.image_pad
-        understanding, plain = read[:, places].chunk(2)
-        first, second = F.mse_loss(understanding, wanted), F.mse_loss(plain, wanted)
-        return first + second, {"multimodal": first.detach(), "plain": second.detach()}
 
 
 def first_layers(model: BLIP3oModel, count: int) -> nn.Module:
