@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from clipflow.errors import InputError, ShapeError
 from clipflow.models.dc_ae.config import DecoderConfig
 from clipflow.models.dc_ae.decoder import DCAEDecoder
-from clipflow.models.folders.checkpoint import save_folder
-from clipflow.models.folders.loading import FolderFormat, load_model
+from clipflow.models.folders.checkpoint import Weights, save_folder
+from clipflow.models.folders.loading import FolderFormat, load_model, open_model
 from clipflow.models.folders.parsing import build
 from clipflow.models.folders.rules import check_rules, positive
 
@@ -120,6 +120,12 @@ class FeatureDecoder(DCAEDecoder):
             ValueError: a damaged file, other keys or shapes, or a weight that is not finite.
         """
         return load_model(cls, folder, _FORMAT, device=device)
+
+    @classmethod
+    def meta(cls, folder: str | Path) -> Weights:
+        """The weights in a folder, by their headers; raises as `from_folder`."""
+        _, weights, _ = open_model(cls, folder, _FORMAT)
+        return weights
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `from_folder` reads; see `save_folder` for what it promises."""

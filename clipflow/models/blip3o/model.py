@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 from clipflow.errors import InputError, ShapeError
 from clipflow.models.blip3o.config import BLIP3oConfig
+from clipflow.models.blip3o.decoders import FOLDER as DECODER_FOLDER
+from clipflow.models.blip3o.decoders import PixelDecoder, load_decoder
 from clipflow.models.blip3o.eva import EVATower
 from clipflow.models.blip3o.loading import folder_format
 from clipflow.models.blip3o.qwen import (
@@ -55,7 +57,7 @@ class BLIP3oModel(nn.Module):
         self.latent_queries = nn.Parameter(torch.randn(1, config.n_query, H))
         self.dit = LuminaTransformer(config.dit)
         self.clip_target = None if config.target is None else EVATower(config.target)
-        self.decoder: nn.Module | None = None
+        self.decoder: PixelDecoder | None = None
 
     @property
     def device(self) -> torch.device:
@@ -78,9 +80,15 @@ class BLIP3oModel(nn.Module):
         return self.config.tokens.image_pad
 
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "2GB") -> None:
-        """Write config.json and safetensors; see `checkpoint.save_folder` for what it promises."""
+        """Write config.json and safetensors, and the decoder, if there is one, in a folder of it.
+
+        Each of both is written as `checkpoint.save_folder` says; config.json comes last.
+        """
+        if self.decoder is not None:
+            self.decoder.save(Path(directory) / DECODER_FOLDER)
+        state = {n: t for n, t in self.state_dict().items() if not n.startswith("decoder.")}
         checkpoint.save_folder(
-            directory, self.config.to_dict(), self.state_dict(), max_shard_size=max_shard_size
+            directory, self.config.to_dict(), state, max_shard_size=max_shard_size
         )
 
     @classmethod
@@ -91,6 +99,7 @@ class BLIP3oModel(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         with_target: bool = False,
+        with_decoder: bool = True,
     ) -> BLIP3oModel:
         """The model in `directory`, ours or a published one, in evaluation mode.
 
@@ -100,14 +109,20 @@ class BLIP3oModel(nn.Module):
             device: where the parameters go.
             with_target: read the EVA-CLIP tower of a published checkpoint that holds it; training
                 needs it, drawing and reading do not.
+            with_decoder: read the pixel decoder in `diffusion-decoder`, if that is there.
 
         Raises:
             FileNotFoundError: no such folder, or no config.json or weights in it.
-            ValueError: a damaged file, other keys or shapes than the model's, or a weight that is
-                NaN or infinite.
+            ValueError: a damaged file, other keys or shapes than the model's, a weight that is NaN
+                or infinite, or a decoder of other features.
         """
         found = folder_format(with_target=with_target)
-        return load_model(cls, directory, found, dtype=dtype, device=device)
+        model = load_model(cls, directory, found, dtype=dtype, device=device)
+        folder = Path(directory) / DECODER_FOLDER
+        if with_decoder and folder.is_dir():
+            model.decoder = load_decoder(folder, dtype=dtype, device=device)
+            _check_decoder(model.decoder, model.config, folder)
+        return model
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Features [B, N, H] of `pixel_values` [B, 3, S, S], normalized by mean and std.
@@ -243,17 +258,30 @@ class BLIP3oModel(nn.Module):
         weight = self.language_model.embed_tokens.weight if self.lm_head is None else None
         return self.lm_head(hidden) if weight is None else F.linear(hidden, weight)
 
-    def decode(self, latents: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def decode(
+        self, latents: Tensor, null_features: Tensor | None = None, **options: object
+    ) -> Tensor:
         """Pictures [B, 3, S, S] in about [-1, 1] of CLIP features [B, C, h, w].
 
-        What else is given goes to the decoder as it is.
+        Args:
+            latents: the features, as sampled.
+            null_features: what guidance leads away from; see `SDXLDecoder.draw`.
+            options: of the decoder's `draw`.
 
         Raises:
-            InputError: the checkpoint came without a decoder.
+            InputError: the checkpoint came without a decoder, or an option cannot be.
         """
         if self.decoder is None:
             raise InputError(
-                "this BLIP3-o has no pixel decoder, so it cannot draw; its folder must hold one "
-                "in diffusion-decoder/"
+                f"this BLIP3-o has no pixel decoder, so it cannot draw; its folder must hold one "
+                f"in {DECODER_FOLDER}/"
             )
-        return self.decoder(latents, *args, **kwargs)
+        return self.decoder.draw(latents, null_features, **options)
+
+
+def _check_decoder(decoder: PixelDecoder, config: BLIP3oConfig, folder: Path) -> None:
+    if decoder.feature_width != config.dit.in_channels:
+        raise ValueError(
+            f"load: {folder} must draw features {config.dit.in_channels} wide as the diffusion "
+            f"transformer's, got {decoder.feature_width}"
+        )

@@ -12,10 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from clipflow.errors import InputError
 from clipflow.models.blip3o import BLIP3oConfig, BLIP3oModel
+from clipflow.models.blip3o.decoders import FOLDER as DECODER_FOLDER
+from clipflow.models.blip3o.decoders import stored_tensors
 from clipflow.models.blip3o.keys import skipped_names
 from clipflow.models.blip3o.loading import folder_format
 from clipflow.models.blip3o.qwen import materialize_rotary
 from clipflow.models.blip3o.sizes import PARTS
+from clipflow.models.folders.shapes import Shape
 from clipflow.pipelines.blip3o_prompts import BLIP3oPrompts
 from clipflow.pipelines.decoding import FeatureDecoding
 from clipflow.pipelines.families.base import Conditions, Family
@@ -58,7 +61,7 @@ class BLIP3o(Family):
         "vision tower": ("vision tower",),
         "language model": ("language model", "lm_head"),
         "queries": ("queries",),
-        "CLIP target": ("CLIP target",),
+        "EVA tower": ("EVA tower",),
         "DiT": ("DiT",),
         "decoder": ("decoder",),
     }
@@ -76,6 +79,10 @@ class BLIP3o(Family):
 
     def skipped_names(self, names: Iterable[str]) -> dict[str, int]:
         return skipped_names(names)
+
+    def decoder_tensors(self, folder: Path) -> dict[str, tuple[Shape, torch.dtype]]:
+        place = folder / DECODER_FOLDER
+        return stored_tensors(place) if place.is_dir() else {}
 
     def cannot(self, call: str, model: nn.Module) -> str | None:
         return NO_EDITS if call == "edit" and not model.config.edits else None
@@ -193,7 +200,7 @@ class BLIP3o(Family):
         }
         if config.target is not None:
             target = config.target
-            facts["CLIP target"] = f"EVA-CLIP, {target.image_size} px, {target.hidden_size} wide"
+            facts["EVA tower"] = f"EVA-CLIP, {target.image_size} px, {target.hidden_size} wide"
         return facts
 
     def _draw(
