@@ -14,6 +14,8 @@ from clipflow.cli.main import main as clipflow
 from clipflow.errors import InputError
 from clipflow.models.blip3o import BLIP3oConfig, BLIP3oModel, blip3o_config
 from clipflow.models.blip3o.keys import map_names
+from clipflow.models.blip3o.sizes import parameter_counts
+from clipflow.pipelines.loading import summarize_folder
 from clipflow.pipelines.tokenizer_files import read_tokenizer
 from clipflow.testing import write_blip3o_folder
 from clipflow.testing.__main__ import main as write
@@ -277,3 +279,13 @@ def check_refused(folder: Path) -> str:
     text = str(caught.value)
     assert "\n" not in text and len(text) < 2500, text
     return text
+
+
+def test_what_the_headers_say(folder, plain, model):
+    """Of the decoder, too, whose dtype does not decide that of the model."""
+    summary, without = summarize_folder(folder), summarize_folder(plain)
+    assert summary.counts == parameter_counts(model)
+    assert summary.counts["decoder"] > 0 == without.counts["decoder"]
+    assert summary.skipped == {"gen_vision_tower": 1} and without.skipped == {}
+    assert summary.dtypes["decoder"] == {torch.bfloat16: summary.counts["decoder"]}
+    assert summary.dtype == torch.bfloat16
