@@ -33,7 +33,6 @@ class FolderSummary:
         counts: parameters of each of the family's parts.
         dtypes: part -> dtypes that it is stored in, each with its number of parameters.
         skipped: what the files hold besides the model -> number of tensors.
-        apart: parts whose weights are in files of their own.
     """
 
     family: Family
@@ -41,23 +40,15 @@ class FolderSummary:
     counts: Mapping[str, int]
     dtypes: Mapping[str, Mapping[torch.dtype, int]]
     skipped: Mapping[str, int]
-    apart: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
         """That `dtype="auto"` means: as stored, and where parts differ the one that holds all.
 
-<<<<<<< HEAD
         Parts that are float32 always are left out, and so is the decoder.
         """
         others = (*self.family.wide, "decoder")
         stored = [d for part, found in self.dtypes.items() if part not in others for d in found]
-=======
-        Parts that are float32 always are left out, and those in files of their own.
-        """
-        out = {*self.family.wide, *self.apart}
-        stored = [d for part, found in self.dtypes.items() if part not in out for d in found]
->>>>>>> model
         return reduce(torch.promote_types, stored) if stored else torch.float32
 
 
@@ -112,7 +103,6 @@ def summarize_folder(folder: Path) -> FolderSummary:
             if part is None:
                 continue  # `load_model` names all that is unknown
             held = dtypes.setdefault(part, {})
-<<<<<<< HEAD
             held[dtype] = held.get(dtype, 0) + math.prod(shape)
         counted = {own: shape for own, (shape, _) in tensors.items()}
         return FolderSummary(
@@ -120,18 +110,7 @@ def summarize_folder(folder: Path) -> FolderSummary:
             config=family.folder_format.read_config(values, shapes),
             counts=count_shapes(counted, family.parts),
             dtypes=dtypes,
-=======
-            held[dtype] = held.get(dtype, 0) + math.prod(shapes[own])
-        apart = family.stored_apart(folder)
-        more = {part: sum(held.values()) for part, held in apart.items()}
-        return FolderSummary(
-            family=family,
-            config=family.folder_format.read_config(values, shapes),
-            counts=count_shapes(shapes, family.parts) | more,
-            dtypes=dtypes | apart,
->>>>>>> model
             skipped=family.skipped_names(weights.shapes),
-            apart=tuple(apart),
         )
 
 

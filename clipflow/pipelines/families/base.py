@@ -87,14 +87,6 @@ class Family(ABC):
     def skipped_names(self, names: Iterable[str]) -> dict[str, int]:
         """What a checkpoint holds besides the model, and in how many tensors."""
 
-    def stored_apart(self, folder: Path) -> dict[str, dict[torch.dtype, int]]:
-        """Parts of a model whose weights are elsewhere in its folder: part -> dtype -> parameters.
-
-        Raises:
-            ValueError, OSError: a file is broken.
-        """
-        return {}
-
     @abstractmethod
     def describe(self, config: Any) -> dict[str, str]:
         """The architecture in words: part -> a line."""
