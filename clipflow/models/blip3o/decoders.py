@@ -54,7 +54,10 @@ def stored_tensors(folder: str | Path) -> dict[str, tuple[Shape, torch.dtype]]:
         }
     found = SDXLDecoder.meta(folder)
     return {
-        f"decoder.{part}.{own}": (found.weights[part].shapes[name], found.weights[part].dtypes[name])
+        f"decoder.{part}.{own}": (
+            found.weights[part].shapes[name],
+            found.weights[part].dtypes[name],
+        )
         for part, names in found.names.items()
         for own, name in names.items()
     }
