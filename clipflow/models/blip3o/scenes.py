@@ -83,6 +83,7 @@ def scenes_config(vocab_size: int, tokens: TokenIds) -> BLIP3oConfig:
         image_std=CLIP_STD,
         system_message="",
         noise_dtype="float32",
+        edits=True,
     )
 
 
