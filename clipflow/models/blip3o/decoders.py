@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
 
 from clipflow.models.blip3o.feature_decoder import MODEL_TYPE, FeatureDecoder
 from clipflow.models.blip3o.sdxl_decoder import SDXLDecoder
-from clipflow.models.folders.checkpoint import CONFIG_FILE, open_weights, read_config
+from clipflow.models.folders.checkpoint import CONFIG_FILE, read_config
+from clipflow.models.folders.shapes import Shape
 
 FOLDER = "diffusion-decoder"
 
@@ -40,23 +40,24 @@ def load_decoder(
     return SDXLDecoder.from_folder(folder, dtype=dtype, device=device)
 
 
-def decoder_parameters(folder: str | Path) -> dict[torch.dtype, int]:
-    """How many parameters the decoder in `folder` has, by the dtype that they are stored in.
-
-    Only headers are read.
+def stored_tensors(folder: str | Path) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Shape and stored dtype of each tensor of the decoder in `folder`, as names of a model.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_decoder`.
+        FileNotFoundError, ValueError: as `load_decoder`, but for the values of the weights.
     """
     if (Path(folder) / CONFIG_FILE).exists():
-        weights = open_weights(folder)
-        held = [(weights, weights.shapes)]
-    else:
-        found = SDXLDecoder.meta(folder)
-        held = [(found.weights[part], names.values()) for part, names in found.names.items()]
-    counts: dict[torch.dtype, int] = {}
-    for weights, names in held:
-        for name in names:
-            dtype = weights.dtypes[name]
-            counts[dtype] = counts.get(dtype, 0) + math.prod(weights.shapes[name])
-    return counts
+        weights = FeatureDecoder.meta(folder)
+        return {
+            f"decoder.{name}": (shape, weights.dtypes[name])
+            for name, shape in weights.shapes.items()
+        }
+    found = SDXLDecoder.meta(folder)
+    return {
+        f"decoder.{part}.{own}": (
+            found.weights[part].shapes[name],
+            found.weights[part].dtypes[name],
+        )
+        for part, names in found.names.items()
+        for own, name in names.items()
+    }

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from clipflow.errors import InputError
 from clipflow.models.folders.loading import FolderFormat
 from clipflow.models.folders.parts import Parts
+from clipflow.models.folders.shapes import Shape
 from clipflow.pipelines.generation_defaults import GenerationDefaults
 from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.image_processor import ImageProcessor
@@ -86,14 +87,6 @@ class Family(ABC):
     def skipped_names(self, names: Iterable[str]) -> dict[str, int]:
         """What a checkpoint holds besides the model, and in how many tensors."""
 
-    def stored_apart(self, folder: Path) -> dict[str, dict[torch.dtype, int]]:
-        """Parts of a model whose weights are elsewhere in its folder: part -> dtype -> parameters.
-
-        Raises:
-            ValueError, OSError: a file is broken.
-        """
-        return {}
-
     @abstractmethod
     def describe(self, config: Any) -> dict[str, str]:
         """The architecture in words: part -> a line."""
@@ -123,6 +116,14 @@ class Family(ABC):
     def cannot(self, call: str, model: nn.Module) -> str | None:
         """Why `model` has no `call` (a method of the pipeline); None where it has."""
         return None
+
+    def decoder_tensors(self, folder: Path) -> dict[str, tuple[Shape, torch.dtype]]:
+        """Shape and stored dtype of each tensor of a decoder that is in a folder of its own.
+
+        Raises:
+            FileNotFoundError, ValueError: it is broken, but for the values of its weights.
+        """
+        return {}
 
     def require(self, call: str, model: nn.Module) -> None:
         """Raise InputError where `model` has no `call`."""

@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from clipflow.errors import InputError
 from clipflow.models.blip3o import BLIP3oConfig, BLIP3oModel
 from clipflow.models.blip3o.decoders import FOLDER as DECODER_FOLDER
-from clipflow.models.blip3o.decoders import decoder_parameters
+from clipflow.models.blip3o.decoders import stored_tensors
 from clipflow.models.blip3o.keys import skipped_names
 from clipflow.models.blip3o.loading import folder_format
 from clipflow.models.blip3o.qwen import materialize_rotary
 from clipflow.models.blip3o.sizes import PARTS
+from clipflow.models.folders.shapes import Shape
 from clipflow.pipelines.blip3o_prompts import BLIP3oPrompts
 from clipflow.pipelines.decoding import FeatureDecoding
 from clipflow.pipelines.families.base import Conditions, Family
@@ -79,9 +80,9 @@ class BLIP3o(Family):
     def skipped_names(self, names: Iterable[str]) -> dict[str, int]:
         return skipped_names(names)
 
-    def stored_apart(self, folder: Path) -> dict[str, dict[torch.dtype, int]]:
-        decoder = folder / DECODER_FOLDER
-        return {"decoder": decoder_parameters(decoder)} if decoder.is_dir() else {}
+    def decoder_tensors(self, folder: Path) -> dict[str, tuple[Shape, torch.dtype]]:
+        place = folder / DECODER_FOLDER
+        return stored_tensors(place) if place.is_dir() else {}
 
     def cannot(self, call: str, model: nn.Module) -> str | None:
         return NO_EDITS if call == "edit" and not model.config.edits else None
