@@ -143,7 +143,7 @@ def test_the_command_that_writes_folders(tmp_path, capsys):
         published_blip3o_name("dit.x", "others")
 
 
-def test_pickled_shards_are_converted(plain, tmp_path):
+def test_pickled_shards_are_converted(plain, tmp_path, capsys):
     """`clipflow convert` of the folder as training leaves it, with PyTorch's own files."""
     state = load_file(plain / "model.safetensors")
     source = break_by.Folder(tmp_path / "bin", plain)
@@ -161,6 +161,10 @@ def test_pickled_shards_are_converted(plain, tmp_path):
     assert clipflow(["convert", str(source.path), "-o", str(tmp_path / "out")]) == 0
     assert_same(BLIP3oModel.from_pretrained(tmp_path / "out"), BLIP3oModel.from_pretrained(plain))
     assert (tmp_path / "out" / "tokenizer_config.json").exists()
+    assert "diffusion-decoder" not in capsys.readouterr().out
+    (source.path / "diffusion-decoder").mkdir()
+    assert clipflow(["convert", str(source.path), "-o", str(tmp_path / "again")]) == 0
+    assert "copy diffusion-decoder/ there, too" in capsys.readouterr().out
 
 
 FIELDS = {

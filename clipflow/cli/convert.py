@@ -10,6 +10,7 @@ from clipflow.cli.arguments import DTYPES, UsageError, add_command
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 FORMATS = ("unilip-tokenizer",)
+DECODER_FOLDER = "diffusion-decoder"  # of BLIP3-o; holds safetensors as it is
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:
@@ -70,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
         checkpoint = convert_checkpoint(args.source, args.output, **options)
         count = len(checkpoint.specs)
     notes += [f"taken from {name!r}" for name in checkpoint.wrappers]
+    if checkpoint.folder and (checkpoint.folder / DECODER_FOLDER).is_dir():
+        notes += [f"copy {DECODER_FOLDER}/ there, too, to draw with it"]
     print("  ".join([str(args.output), f"{count} tensors", *notes]))
     return 0
 
