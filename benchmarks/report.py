@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks.growth_plot import growth_plot
 from benchmarks.machine import RESULTS
 from benchmarks.ratio_plot import ratio_plot
+from benchmarks.report_blip3o import blip3o_section
 from benchmarks.report_sampling import growth_section, sampling_section
 from benchmarks.report_text import ratio_text, table
 from benchmarks.report_unilip import loading_section, unilip_section
@@ -94,6 +95,7 @@ def render(results: list[Result]) -> str:
         "growth": growth_section,
         "startup": startup_section,
         "unilip": unilip_section,
+        "blip3o": blip3o_section,
         "loading": loading_section,
         "kernels": kernels_section,
     }

@@ -14,6 +14,7 @@ _EXPORTS = {
     "CLIPFlowPipeline": "clipflow.pipelines",
     "FeatureDecoding": "clipflow.pipelines",
     "FirstBlockCache": "clipflow.sampling",
+    "ImageTokenSampling": "clipflow.pipelines",
     "TaylorForecast": "clipflow.sampling",
     "UniLIPTokenizer": "clipflow.pipelines",
     "accelerate": "clipflow.acceleration",

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
-from unilip_fixture import fixture_config, parity_dir
+from unilip_fixture import fixture_config, parity_dir, recorded_tensors, recorded_weights
 
 from clipflow.pipelines.image_processor import ImageProcessor
 from clipflow.testing import published_config
@@ -29,8 +29,7 @@ class RecordedPixels(ImageProcessor):
 def write_recorded_folder(folder: Path, **config_changes: object) -> Path:
     """Weights under the reference's own names, its config.json, and a tokenizer.json."""
     source = parity_dir()
-    state = load_file(source / "model.safetensors")
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(recorded_weights(source), folder / "model.safetensors", metadata={"format": "pt"})
     values = published_config(fixture_config(source), torch.float32) | config_changes
     (folder / "config.json").write_text(json.dumps(values))
     recorded_tokenizer(source).save(str(folder / "tokenizer.json"))
@@ -42,7 +41,7 @@ def recorded_tokenizer(source: Path) -> Tokenizer:
 
     Rows are [cond, null]; what they begin and end with alike is the template.
     """
-    tensors, tokens = load_file(source / "tensors.safetensors"), fixture_config(source).tokens
+    tensors, tokens = recorded_tensors(source), fixture_config(source).tokens
     image = {tokens.img_start, tokens.img_end, tokens.img_context}
     rows = {}
     for tag in ("t2i", "edit"):

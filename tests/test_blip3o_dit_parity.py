@@ -5,9 +5,11 @@ The bar is 1e-5 of the largest recorded value. CLIPFLOW_PARITY_DIR names another
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from blip3o_fixture import recorded, recorded_dit, recorded_gqa_dit
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from clipflow.sampling import euler_schedule, sample
@@ -105,6 +107,22 @@ def test_schedule(steps):
     torch.testing.assert_close(
         schedule.sigmas, io[f"sample.steps{steps}.sigmas"], rtol=0, atol=1e-7
     )
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_schedules_of_any_length_are_those_of_diffusers(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(1000, shift=shift)
+    for steps in range(1, 64):
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+        found, exact = (
+            euler_schedule(steps, shift=shift),
+            euler_schedule(steps, shift=shift, truncate=False),
+        )
+        assert torch.equal(found.sigmas, scheduler.sigmas)
+        assert torch.equal(found.timesteps, scheduler.timesteps.long())
+        assert torch.equal(exact.timesteps, scheduler.timesteps)
+    with pytest.raises(ValueError, match="euler_schedule: num_steps must be at least 1, got 0"):
+        euler_schedule(0)
 
 
 def test_shifted_schedule():

@@ -220,7 +220,7 @@ def prepared(pipe, conversations):
         for conversation in conversations_of(conversations)[0]
     ]
     ids, mask = pipe.prompts.rows(texts, pipe.device)
-    order = [tiles.tiles[place] for places in tiles.places for place in places]
+    order = [tiles.pictures[place] for places in tiles.places for place in places]
     return ids, mask, pipe.image_processor(order) if order else None
 
 

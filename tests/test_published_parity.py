@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from published_fixture import INSTRUCTION, PROMPT, RecordedPixels, write_recorded_folder
-from safetensors.torch import load_file
-from unilip_fixture import SAMPLES, fixture_config, parity_dir
+from unilip_fixture import SAMPLES, fixture_config, parity_dir, recorded_tensors
 
 from clipflow import CLIPFlowPipeline
 from clipflow.models.unilip.pixel_decoder import resize_pictures
@@ -28,7 +27,7 @@ BLANK = Image.new("RGB", (448, 448))  # the recorded pixels are seen instead
 
 @pytest.fixture(scope="module")
 def recorded():
-    return load_file(parity_dir() / "tensors.safetensors")
+    return recorded_tensors(parity_dir())
 
 
 @pytest.fixture(scope="module")

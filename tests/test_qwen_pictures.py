@@ -11,14 +11,17 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from clipflow.errors import InputError
-from clipflow.pipelines.qwen_pictures import MAX_PIXELS, MIN_PIXELS, QwenImageProcessor
+from clipflow.pipelines.qwen_pictures import QwenImageProcessor
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CONFIG = SimpleNamespace(
     image_size=56,
     image_mean=MEAN,
     image_std=STD,
-    vision=SimpleNamespace(patch_size=14, temporal_patch_size=2, spatial_merge_size=2),
+    vision=SimpleNamespace(
+        patch_size=14, temporal_patch_size=2, spatial_merge_size=2, feature_pixels=28
+    ),
+    text=SimpleNamespace(max_position_embeddings=128000),
 )
 OWN = QwenImageProcessor.from_config(CONFIG)
 # Width and height; a side of 3 could be taken for the colors of an array.
@@ -56,7 +59,7 @@ def patches(image, width, height):
     return torch.tensor(np.stack(rows))
 
 
-@pytest.mark.parametrize("limits", [(MIN_PIXELS, MAX_PIXELS), (28 * 28 * 8, 28 * 28 * 20)])
+@pytest.mark.parametrize("limits", [(3136, 12845056), (28 * 28 * 8, 28 * 28 * 20)])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_patches_are_those_of_the_rules(size, limits):
     processor = QwenImageProcessor(**vars(OWN) | dict(zip(LIMITS, limits, strict=True)))
@@ -73,6 +76,12 @@ LIMITS = ("min_pixels", "max_pixels")
 
 def test_pictures_to_edit_are_squares():
     assert OWN([noise(100, 61)]).shape == (1, 3, 56, 56)
+
+
+def test_a_picture_leaves_half_of_a_prompt_to_the_words():
+    text = SimpleNamespace(max_position_embeddings=1000)
+    found = QwenImageProcessor.from_config(SimpleNamespace(**vars(CONFIG) | {"text": text}))
+    assert (found.min_pixels, found.max_pixels) == (3136, 500 * 784)
 
 
 def test_a_strip_is_refused():

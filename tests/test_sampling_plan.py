@@ -256,8 +256,9 @@ def test_the_fast_tier_is_close_and_shares_its_weights(each):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_graphs_give_what_single_launches_give():
-    dit = tiny_dit().cuda()
+@pytest.mark.parametrize("kind", DITS)
+def test_graphs_give_what_single_launches_give(kind):
+    dit = DITS[kind]().cuda()
     spec = tiny_spec(2, (1, 2), device=torch.device("cuda", 0))
     noise, null, cond = inputs_of(spec)
     inputs = noise.cuda(), [t.cuda() for t in null], [t.cuda() for t in cond]

@@ -292,8 +292,9 @@ def test_calls_refuse_other_caches(pipe):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("cache", [FirstBlockCache(threshold=0.3), TaylorForecast(warm_up=1)])
-def test_caches_on_a_gpu(cache):
-    dit = tiny_dit(layers=3).cuda()
+@pytest.mark.parametrize("kind", DITS)
+def test_caches_on_a_gpu(cache, kind):
+    dit = DITS[kind](layers=3).cuda()
     spec = tiny_spec(steps=6, device=torch.device("cuda", 0), step_cache=cache)
     noise, null, cond = inputs_of(spec)
     inputs = noise.cuda(), [t.cuda() for t in null], [t.cuda() for t in cond]

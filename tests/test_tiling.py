@@ -105,10 +105,10 @@ def test_equal_tiles_are_kept_once(tmp_path):
     tiles = TileSet(ImageProcessor(size=TILE, mean=(0.5,) * 3, std=(0.25,) * 3), 12)
     assert tiles.add([image, other]) == [3, 1]
     assert tiles.add([str(tmp_path / "again.png"), image]) == [3, 3]
-    assert len(tiles.tiles) == 4
+    assert len(tiles.pictures) == 4
     assert tiles.places == [[0, 1, 2], [3], [0, 1, 2], [0, 1, 2]]
     blank = Image.new("RGB", (224, 112))
-    assert tiles.add([blank]) == [9] and len(tiles.tiles) == 5
+    assert tiles.add([blank]) == [9] and len(tiles.pictures) == 5
 
 
 def asked(*images):
@@ -136,7 +136,7 @@ def test_the_vision_tower_sees_each_tile_once_and_some_at_a_time(pipe, seen, mon
     wanted = pipe.chat(asked(image), max_new_tokens=4)
     assert seen == [len(cut_tiles(image, size=TILE, max_tiles=12))] == [4]
     pipe.feature_cache.clear()
-    monkeypatch.setattr("clipflow.pipelines.tile_features.PIXELS_AT_ONCE", 3 * TILE**2 + 1)
+    monkeypatch.setattr("clipflow.pipelines.tiling.PIXELS_AT_ONCE", 3 * TILE**2 + 1)
     batch = [asked(image), asked(image, image), asked(image)]
     answers = pipe.chat(batch, max_new_tokens=4)
     assert seen[1:] == [3, 1] and answers[0] == answers[2] == wanted

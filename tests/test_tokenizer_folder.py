@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from unilip_fixture import load_fixture, parity_dir
+from unilip_fixture import load_fixture, parity_dir, recorded_weights
 
 from clipflow import CLIPFlowPipeline, UniLIPTokenizer
 from clipflow.cli import main
@@ -32,7 +32,7 @@ RENAMED = {
 
 def checkpoint_tensors() -> dict[str, Tensor]:
     """The fixture's tokenizer under the names of section 5.2, written out here by themselves."""
-    state = load_file(parity_dir() / "model.safetensors")
+    state = recorded_weights(parity_dir())
     found = {}
     for name, tensor in state.items():
         own = name.removeprefix("model.")

@@ -298,7 +298,7 @@ def test_train_scenes_chains_the_recipes(tmp_path, toy_stages, monkeypatch):
         sources.append(source and source.parent.name)
         return ToyModel()
 
-    monkeypatch.setattr("clipflow.training.recipe.PACKAGED", folder)
+    monkeypatch.setattr("clipflow.training.recipe.PACKAGED", (folder,))
     monkeypatch.setattr(run, "_initial_model", initial_model)
     final = run.train_scenes(tmp_path / "out", scale=0.5, progress=False)
     assert final == tmp_path / "out/editing/final"

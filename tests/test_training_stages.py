@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 from clipflow.scenes import Scene, random_scene
 from clipflow.scenes.world import SceneObject
-from clipflow.training import optim
+from clipflow.training import blip3o_scenes, optim
 from clipflow.training.recipe import Recipe, find_recipe
-from clipflow.training.run import SCENES, stage_of
+from clipflow.training.run import SCENES, SCENES_BLIP3O, stage_of
 from clipflow.training.scenes_model import untrained
 from clipflow.training.stages.alignment import Alignment
-from clipflow.training.stages.generation import prompted_pool
+from clipflow.training.stages.drawn_pools import prompted_pool
 from clipflow.training.stages.naming import COLORS, FORMS, Naming, QueryNaming
 from clipflow.training.stages.reconstruction import moments, picture_loss
 from clipflow.training.stages.scene_data import IGNORED, SceneText, pack, pixel_values
@@ -37,13 +37,15 @@ def small(name: str) -> Recipe:
     """The packaged recipe with the least data that it can run on."""
     recipe = Recipe.load(find_recipe(name))
     sizes = {key: 6 for key in ("pictures", "edits") if key in recipe.options}
-    return replace(recipe, batch_size=3, options={**recipe.options, **sizes})
+    rows = {"queries": [2, 2]} if "queries" in recipe.options else {}
+    return replace(recipe, batch_size=3, options={**recipe.options, **sizes, **rows})
 
 
-@pytest.mark.parametrize("name", SCENES)
+@pytest.mark.parametrize("name", (*SCENES, *SCENES_BLIP3O))
 class TestEveryRecipe:
     def started(self, name, tmp_path):
-        model, recipe = untrained(seed=3), small(name)
+        make = untrained if name in SCENES else blip3o_scenes.untrained
+        model, recipe = make(seed=3), small(name)
         trained = optim.select_trainable(model.train(), recipe.trainable)
         stage = stage_of(recipe)
         stage.setup(model, recipe, tmp_path, CPU)
@@ -95,7 +97,7 @@ class TestPackedConversations:
 
     @staticmethod
     def packed(text, asked):
-        return pack([text.conversation(asked)], text.pad)
+        return pack([text.conversation(asked)], text)
 
 
 class TestNaming:

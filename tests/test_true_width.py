@@ -10,6 +10,8 @@ from transformers import Qwen2Config, Qwen2Model
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.blip3o_models import dit_config, random_dit
+from benchmarks.peers.lumina_reference import ReferenceLumina
 from benchmarks.sampling_models import randomize, relative_error, stock_transformer
 from clipflow.models.dits.sana import SanaTransformer
 from clipflow.models.unilip.connector import Connector
@@ -69,4 +71,21 @@ def test_a_layer_of_the_connector(size):
 
     found, theirs = ours(hidden), run(stock, hidden)
     exact = run(stock.double(), hidden.double())
+    assert relative_error(found, exact) <= 2 * relative_error(theirs, exact)
+
+
+@torch.no_grad()
+def test_a_block_of_the_transformer_of_blip3o():
+    """The same against the reference's chain of plain ops: width 1792, feed-forward 4864."""
+    ours = random_dit(dit_config("4b", blocks=1))
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 1792, 8, 8, generator=generator)
+    condition = torch.randn(2, 16, 2048, generator=generator)
+    condition[0] = 0  # the null condition
+    times = torch.tensor([966, 700])
+    found, theirs = (
+        ours(latents, times, condition),
+        ReferenceLumina(ours)(latents, times, condition),
+    )
+    exact = ReferenceLumina(ours.double())(latents.double(), times, condition.double())
     assert relative_error(found, exact) <= 2 * relative_error(theirs, exact)

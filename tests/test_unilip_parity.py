@@ -9,9 +9,17 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
-from unilip_fixture import load_fixture
+from unilip_fixture import (
+    TINY,
+    drawn_inputs,
+    fixture_config,
+    load_fixture,
+    parity_dir,
+    recorded_weights,
+)
 
 from clipflow.models.condition import Condition
 from clipflow.models.unilip.pixel_decoder import resize_pictures
@@ -80,6 +88,16 @@ def captured(module: torch.nn.Module, run) -> Tensor:
     finally:
         hook.remove()
     return outputs[0]
+
+
+def test_drawn_again_as_recorded():
+    """Where the recording holds what the small fixture draws, both are the same."""
+    folder = parity_dir()
+    if folder == TINY:
+        pytest.skip("the small fixture does not hold what is drawn")
+    stored = load_file(folder / "model.safetensors") | load_file(folder / "tensors.safetensors")
+    for name, tensor in (recorded_weights(TINY) | drawn_inputs(fixture_config(TINY))).items():
+        assert_close(tensor, stored[name], 1e-6)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """A tiny UniLIP with random weights that reads bytes: any text, pictures of 4 tokens a tile."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -15,15 +16,15 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<I
 TILE = 56  # pixels
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token for every byte, and UniLIP's special ones."""
+def byte_tokenizer(special: Sequence[str] = SPECIAL) -> PreTrainedTokenizerFast:
+    """A token for every byte, and special ones, of which the first is the padding."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     ids = {letter: index for index, letter in enumerate(letters)}
     tokenizer = Tokenizer(models.BPE(ids, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[0])
-    fast.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=special[0])
+    fast.add_special_tokens({"additional_special_tokens": list(special[1:])})
     return fast
 
 

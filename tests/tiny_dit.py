@@ -90,7 +90,7 @@ def inputs_of(spec, seed=1, dtype=torch.float32):
     return noise, null, cond
 
 
-def reference_run(dit, spec, noise, null, cond, guidance):
+def reference_run(dit, spec, noise, null, cond, guidance, schedule=None):
     """The same run by calling the module in every step, with padded conditions and masks."""
     rows = [half[b * len(half) // spec.samples] for half in (null, cond) if half
             for b in range(spec.samples)]  # fmt: skip
@@ -98,7 +98,7 @@ def reference_run(dit, spec, noise, null, cond, guidance):
     mask = torch.zeros(len(rows), 32)
     for row, tokens in enumerate(rows):
         hidden[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
-    schedule = flow_schedule(len(spec.timesteps))
+    schedule = schedule or flow_schedule(len(spec.timesteps))
     return sample(
         lambda latents, times: dit(latents, times, hidden, mask),
         noise,

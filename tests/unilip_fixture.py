@@ -1,7 +1,7 @@
 """The recorded outputs of the reference on a tiny random UniLIP, and the model they belong to.
 
-A fixture folder holds config.json, model.safetensors (the reference's own names) and
-tensors.safetensors; its README says what each tensor is.
+A fixture folder holds config.json and tensors.safetensors; its README says what each tensor is. The
+weights, the pictures and the noise are drawn here, where it does not hold them.
 """
 
 import json
@@ -10,8 +10,11 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
+import torch
+from drawn_weights import drawn, fan_in
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from clipflow.models.dits.sana import SanaConfig
 from clipflow.models.folders.loading import load_names
@@ -24,9 +27,12 @@ from clipflow.models.unilip.config import (
     VisionConfig,
 )
 from clipflow.models.unilip.loading import FORMAT
+from clipflow.testing.unilip_folder import published_name
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "unilip_tiny"
+
+WEIGHTS_SEED, PICTURE_SEED, NOISE_SEEDS = 1234, 7, {"noise": 99, "train.noise": 77}
 
 # What the small fixture keeps of large tensors, under their names with ".sample" added.
 SAMPLES = {
@@ -61,9 +67,55 @@ def parity_dir() -> Path:
 def load_fixture() -> Fixture:
     folder = parity_dir()
     model = UniLIPModel(fixture_config(folder))
-    load_names(model, load_file(folder / "model.safetensors"), FORMAT)
+    load_names(model, recorded_weights(folder), FORMAT)
     model.requires_grad_(False).eval()
-    return Fixture(model, load_file(folder / "tensors.safetensors"))
+    return Fixture(model, recorded_tensors(folder))
+
+
+@cache
+def recorded_weights(folder: Path) -> dict[str, Tensor]:
+    """The state dict under the reference's own names."""
+    if (folder / "model.safetensors").exists():
+        return load_file(folder / "model.safetensors")
+    with torch.device("meta"):
+        own = UniLIPModel(fixture_config(folder)).state_dict()
+    shapes = {published_name(name): tuple(tensor.shape) for name, tensor in own.items()}
+    return drawn(shapes, WEIGHTS_SEED, _spread)
+
+
+@cache
+def recorded_tensors(folder: Path) -> dict[str, Tensor]:
+    """What was recorded, and what the recording began with."""
+    return {**drawn_inputs(fixture_config(folder)), **load_file(folder / "tensors.safetensors")}
+
+
+def _spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation that weights were drawn with."""
+    if name.endswith((".ls1", ".ls2")):
+        return 0.5, 0.1
+    if name.endswith(".bias"):
+        return 0.0, 0.05
+    if name.endswith(("embed_tokens.weight", "latent_queries")) or "tower.embeddings." in name:
+        return 0.0, 0.5
+    if name.endswith("scale_shift_table"):
+        return 0.0, 0.3
+    return (1.0, 0.1) if len(shape) == 1 else (0.0, fan_in(shape) ** -0.5)
+
+
+def drawn_inputs(config: UniLIPConfig) -> dict[str, Tensor]:
+    """A picture of 14 x 14 random colors, at two sizes, and noise for one picture and for two."""
+    colors = torch.rand(1, 3, 14, 14, generator=torch.Generator().manual_seed(PICTURE_SEED))
+    picture = F.interpolate(colors, size=448, mode="bicubic").clamp(0, 1)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (config.image_mean, config.image_std))
+    pixels = (picture - mean) / std
+    shape = (config.decoder.latent_channels, config.latent_side, config.latent_side)
+    dice = {name: torch.Generator().manual_seed(seed) for name, seed in NOISE_SEEDS.items()}
+    return {
+        "image.pixel_values": pixels,
+        "image224.pixel_values": F.avg_pool2d(pixels, 2),
+        "noise": torch.randn(1, *shape, generator=dice["noise"]),
+        "train.noise": torch.randn(2, *shape, generator=dice["train.noise"]),
+    }
 
 
 def fixture_config(folder: Path) -> UniLIPConfig:

@@ -25,12 +25,11 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from clipflow.pipelines.image_io import load_image
-    from clipflow.pipelines.prompts import check_text
 
-    check_text("question", args.question)
     images = [load_image(image) for image in args.images]
     pipe = load_pipeline(args)
-    messages = [user_message(images, args.question)]
+    pipe.family.require("ask", pipe.model)
+    messages = [user_message(images, pipe.prompts.check("question", args.question))]
     options = answer_options(args)
     if options["max_tiles"] is None:
         options["max_tiles"] = pipe.reader.ask_tiles

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from clipflow.cli.arguments import UsageError, add_command
 
-NAMES = ("ops", "sampling", "startup", "unilip", "loading", "kernels", "report", "tune")
+NAMES = (
+    "ops", "sampling", "startup", "unilip", "blip3o", "loading", "kernels", "report", "tune",
+)  # fmt: skip
 
 
 def add_to(commands: argparse._SubParsersAction) -> None:

@@ -30,7 +30,6 @@ def add_to(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from clipflow.errors import InputError
     from clipflow.pipelines.image_io import load_image
-    from clipflow.pipelines.prompts import check_text
 
     images = [load_image(image) for image in args.images]
     pipe = load_pipeline(args)
@@ -39,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     options = answer_options(args)
     for line in _lines(asked_for):
         try:
-            message = user_message([] if messages else images, check_text("message", line))
+            text = pipe.prompts.check("message", line)
+            message = user_message([] if messages else images, text)
             answer = print_answer(pipe.chat([*messages, message], stream=True, **options))
         except InputError as error:
             if not asked_for:

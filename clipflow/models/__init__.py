@@ -4,6 +4,8 @@ import importlib
 
 # Public name -> the module that defines it; importing a model imports transformers.
 _EXPORTS = {
+    "BLIP3oNextConfig": "clipflow.models.blip3o_next.config",
+    "BLIP3oNextModel": "clipflow.models.blip3o_next.model",
     "UniLIPConfig": "clipflow.models.unilip.config",
     "UniLIPModel": "clipflow.models.unilip.model",
 }

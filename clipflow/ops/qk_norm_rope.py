@@ -132,8 +132,14 @@ def qk_norm_rope(
     if name == "eager":
         found = reference(q, k, *affine, q_rope, k_rope, norm, across_heads, interleaved, eps)
         return into(out, found)
+    training = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (q, k, *affine)
+    )
+    if training and k_cos is not None and k_cos is q_cos:
+        # torch.compile refuses an autograd function that is given one tensor twice.
+        k_cos, k_sin = k_cos.view_as(k_cos), k_sin.view_as(k_sin)
     options = (q_cos, q_sin, k_cos, k_sin, NORMS.index(norm), across_heads, interleaved, eps)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, *affine)):
+    if training:
         return _QKNormRope.apply(q, k, *affine, *options, name)
     return OP.backends[name].forward(q, k, *affine, *options, out=out)
 

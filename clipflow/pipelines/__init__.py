@@ -9,10 +9,17 @@ _EXPORTS = {
     "CLIPFlowPipeline": "clipflow.pipelines.clipflow_pipeline",
     "CLIPFlowPipelineOutput": "clipflow.pipelines.output",
     "FeatureDecoding": "clipflow.pipelines.decoding",
+    "ImageTokenSampling": "clipflow.pipelines.decoding",
     "UniLIPTokenizer": "clipflow.pipelines.image_tokenizer",
 }
 
-__all__ = ["CLIPFlowPipeline", "CLIPFlowPipelineOutput", "FeatureDecoding", "UniLIPTokenizer"]
+__all__ = [
+    "CLIPFlowPipeline",
+    "CLIPFlowPipelineOutput",
+    "FeatureDecoding",
+    "ImageTokenSampling",
+    "UniLIPTokenizer",
+]
 
 
 def __getattr__(name: str) -> object:

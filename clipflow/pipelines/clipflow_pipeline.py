@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from clipflow.pipelines.arguments import broadcast, listed, paired, positive
-from clipflow.pipelines.decoding import FeatureDecoding
+from clipflow.pipelines.decoding import FeatureDecoding, ImageTokenSampling
 from clipflow.pipelines.families.base import Conditions
 from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.image_processor import postprocess
@@ -58,6 +58,7 @@ class CLIPFlowPipeline(LanguageCalls):
         tier: str | None = None,
         step_cache: StepCache | None = None,
         decoding: FeatureDecoding | None = None,
+        image_tokens: ImageTokenSampling | None = None,
     ) -> CLIPFlowPipelineOutput | tuple[Pictures]:
         """Draw pictures.
 
@@ -92,6 +93,7 @@ class CLIPFlowPipeline(LanguageCalls):
                 steps skipped are in the output. Pictures sampled together are skipped together.
             decoding: a `FeatureDecoding`, for models whose decoder is a diffusion model (BLIP3-o);
                 its defaults when not given.
+            image_tokens: an `ImageTokenSampling`, for models that draw image tokens (BLIP3o-NEXT).
 
         Raises:
             InputError: an empty prompt, or an option that cannot be.
@@ -119,6 +121,7 @@ class CLIPFlowPipeline(LanguageCalls):
             tier=tier,
             step_cache=step_cache,
             decoding=decoding,
+            image_tokens=image_tokens,
         )
         conditions = self.family.encode(self, prompts, negatives, None, options)
         pictures, skipped = self.pictures(conditions, options)
@@ -148,6 +151,7 @@ class CLIPFlowPipeline(LanguageCalls):
         tier: str | None = None,
         step_cache: StepCache | None = None,
         decoding: FeatureDecoding | None = None,
+        image_tokens: ImageTokenSampling | None = None,
     ) -> CLIPFlowPipelineOutput | tuple[Pictures]:
         """Redraw pictures as told.
 
@@ -184,6 +188,7 @@ class CLIPFlowPipeline(LanguageCalls):
             tier=tier,
             step_cache=step_cache,
             decoding=decoding,
+            image_tokens=image_tokens,
         )
         pixels = self.image_processor(images)
         conditions = self.family.encode(self, prompts, negatives, pixels, options)
@@ -232,10 +237,12 @@ class CLIPFlowPipeline(LanguageCalls):
         width: int | Sequence[int] | None,
         tier: str | None,
         decoding: FeatureDecoding | None,
+        image_tokens: ImageTokenSampling | None,
         **others: Any,
     ) -> SamplingOptions:
         """Checked options of one call; None takes the model's default."""
-        self.family.check_decoding(decoding, self.model)
+        own = {"decoding": decoding, "image_tokens": image_tokens}
+        self.family.check_own(own, self.model)
         defaults = self.defaults
         count = (prompts, positive("num_images_per_prompt", images_per_prompt))
         scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
@@ -249,7 +256,7 @@ class CLIPFlowPipeline(LanguageCalls):
             sizes=tuple(self.family.picture_size(*pair, self.model.config) for pair in sides),
             solver=defaults.solver if solver is None else solver,
             tier=self.tier if tier is None else tier,
-            decoding=decoding,
+            **own,
             **others,
         )
 
@@ -259,7 +266,7 @@ class CLIPFlowPipeline(LanguageCalls):
         """Of a call for `pictures` that leaves everything else at the model's defaults."""
         nothing = dict.fromkeys(
             ("num_inference_steps", "guidance_scale", "solver", "height", "width", "latents",
-             "callback", "tier", "step_cache", "decoding")
+             "callback", "tier", "step_cache", "decoding", "image_tokens")
         )  # fmt: skip
         return self._options(
             pictures,
@@ -284,7 +291,7 @@ class CLIPFlowPipeline(LanguageCalls):
         noise = options.noise(self.model.config.latent_channels, self.device, dtype)
         runs = self.sampler.runs(options)
         total = len(runs) * options.num_inference_steps
-        with tqdm(total=total, **self._progress_bar_config) as bar:
+        with tqdm(total=total, **self.progress) as bar:
             sampled = [
                 self.sampler.latents(
                     run,

@@ -1,4 +1,4 @@
-"""How pictures are made of features where the decoder is a diffusion model itself."""
+"""Options of calls that only some families have: of diffusion decoders, and of image tokens."""
 
 from __future__ import annotations
 
@@ -50,3 +50,22 @@ class FeatureDecoding:
             raise InputError(
                 f"decoding: null_seed must be a whole number from 0 on, got {self.null_seed!r}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTokenSampling:
+    """How a language model draws image tokens (BLIP3o-NEXT); the defaults are its authors'.
+
+    Attributes:
+        temperature, top_p, top_k: as of `CLIPFlowPipeline.chat`; they are checked where tokens are
+            drawn.
+        allow_any_token: draw from the whole vocabulary, words too, as the authors' code does;
+            otherwise from the image tokens alone.
+
+    Source: specs of BLIP3o-NEXT, section B.4.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.95
+    top_k: int = 1200
+    allow_any_token: bool = False

@@ -14,12 +14,11 @@ from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.offload import LANGUAGE
 from clipflow.pipelines.parts import PipelineParts
 from clipflow.pipelines.prompts import LABEL_QUESTION
+from clipflow.pipelines.readers import Detail
 from clipflow.pipelines.understanding import label_log_likelihoods, label_trees
 
 Text = str | list[str] | Iterator[str]
 Ranking = list[tuple[str, float]]
-
-PICTURES_AT_ONCE = 16
 
 
 class Choice(NamedTuple):
@@ -39,9 +38,11 @@ class LanguageCalls(PipelineParts):
         *,
         max_new_tokens: int | None = None,
         max_tiles: int | None = None,
+        max_pixels: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        repetition_penalty: float | None = None,
         stop: str | Sequence[str] | None = None,
         generator: Generators = None,
         stream: bool = False,
@@ -58,9 +59,13 @@ class LanguageCalls(PipelineParts):
             max_tiles: a picture is seen as up to so many tiles of the model's size, by its shape,
                 and once as a whole (UniLIP: 12); 1 squashes it into a single one. Families that
                 see pictures at their own size have no tiles.
+            max_pixels: larger pictures are reduced to so many pixels before they are seen
+                (BLIP3-o: as many as its folder says). Families that cut tiles have `max_tiles`.
             temperature: 0 takes the likeliest token always; higher is more random.
             top_p: draw from the likeliest tokens that together have this probability.
             top_k: draw from so many of the likeliest tokens; 0 is all.
+            repetition_penalty: above 1 makes tokens that were read or said less likely; the model's
+                default when not given (1 is none).
             stop: texts before which an answer ends.
             generator: one for all conversations, or a list with one for each: then an answer does
                 not depend on the conversations beside it.
@@ -76,13 +81,16 @@ class LanguageCalls(PipelineParts):
         """
         self.family.require("chat", self.model)
         conversations, several = conversations_of(messages, self.prompts.check)
-        choice = self._choice(max_new_tokens, temperature, top_p, top_k, stop, generator)
+        choice = self._choice(
+            max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, generator
+        )
         if stream and several:
             raise InputError(
                 f"stream=True must have one conversation, got a list of {len(messages)}"
             )
         tiles = self.reader.chat_tiles if max_tiles is None else max_tiles
-        answers = self._answers(conversations, tiles, choice, stream=stream)
+        detail = Detail(tiles, max_pixels)
+        answers = self._answers(conversations, detail, choice, stream=stream)
         return answers[0] if isinstance(answers, list) and not several else answers
 
     def ask(
@@ -92,9 +100,11 @@ class LanguageCalls(PipelineParts):
         *,
         max_new_tokens: int | None = None,
         max_tiles: int | None = None,
+        max_pixels: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        repetition_penalty: float | None = None,
         stop: str | Sequence[str] | None = None,
         generator: Generators = None,
         stream: bool = False,
@@ -106,6 +116,7 @@ class LanguageCalls(PipelineParts):
             question: one for all pictures or one for each (a single picture may have several).
             max_tiles: as of `chat`, but 1 when not given, which is fast: the whole picture at the
                 model's own size.
+            max_pixels: as of `chat`.
             stream: yield pieces of text that join to the answer; a single question only.
 
         The other arguments are those of `chat`.
@@ -123,11 +134,14 @@ class LanguageCalls(PipelineParts):
             Conversation.of_question(one, self.prompts.check("question", text))
             for one, text in zip(images, questions, strict=True)
         ]
-        choice = self._choice(max_new_tokens, temperature, top_p, top_k, stop, generator)
+        choice = self._choice(
+            max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, generator
+        )
         if stream and len(questions) != 1:
             raise InputError(f"stream=True must have one question, got {len(questions)}")
         tiles = self.reader.ask_tiles if max_tiles is None else max_tiles
-        answers = self._answers(conversations, tiles, choice, stream=stream)
+        detail = Detail(tiles, max_pixels)
+        answers = self._answers(conversations, detail, choice, stream=stream)
         several = is_list(image) or is_list(question)
         return answers[0] if isinstance(answers, list) and not several else answers
 
@@ -137,6 +151,7 @@ class LanguageCalls(PipelineParts):
         labels: Sequence[str],
         *,
         question: str = LABEL_QUESTION,
+        max_pixels: int | None = None,
     ) -> Ranking | list[Ranking]:
         """Rank labels by the language model's likelihood of each as the answer to `question`.
 
@@ -147,6 +162,7 @@ class LanguageCalls(PipelineParts):
             image: a picture or a list: paths, PIL images, arrays or tensors.
             labels: at least one text.
             question: the labels are read as its answers.
+            max_pixels: as of `chat`.
 
         Returns:
             [(label, probability)], likeliest first; a list of those for a list of pictures.
@@ -164,11 +180,13 @@ class LanguageCalls(PipelineParts):
         room = max(len(tree.tokens) for tree in trees)
         images = listed(image)
         rankings = []
-        for first in range(0, len(images), PICTURES_AT_ONCE):
-            some = images[first : first + PICTURES_AT_ONCE]
+        detail = Detail(self.reader.ask_tiles, max_pixels)
+        count = self.reader.pictures_at_once(detail)
+        for first in range(0, len(images), count):
+            some = images[first : first + count]
             asked = [Conversation.of_question(image_, question) for image_ in some]
             with self.offload.running(LANGUAGE):
-                reading = self.reader.read(asked, max_tiles=None, room=room)
+                reading = self.reader.read(asked, detail=detail, room=room)
                 scores = label_log_likelihoods(reading, trees)
             for chances in scores.softmax(-1).tolist():
                 pairs = zip(labels, chances, strict=True)
@@ -181,6 +199,7 @@ class LanguageCalls(PipelineParts):
         temperature: float,
         top_p: float,
         top_k: int,
+        repetition_penalty: float | None,
         stop: str | Sequence[str] | None,
         generator: Generators,
     ) -> Choice:
@@ -191,13 +210,20 @@ class LanguageCalls(PipelineParts):
             texts=stop_texts(stop),
             max_new_tokens=positive("max_new_tokens", limit),
         )
-        sampling = TokenSampling(temperature=temperature, top_p=top_p, top_k=top_k)
+        if repetition_penalty is None:
+            repetition_penalty = self.defaults.repetition_penalty
+        sampling = TokenSampling(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+        )
         return Choice(sampling, end, generator)
 
     def _answers(
         self,
         conversations: Sequence[Conversation],
-        max_tiles: int | None,
+        detail: Detail,
         choice: Choice,
         *,
         stream: bool,
@@ -208,7 +234,7 @@ class LanguageCalls(PipelineParts):
         answers = [Answer(self.tokenizer, end) for _ in conversations]
         with self.offload.running(LANGUAGE):
             room = end.max_new_tokens
-            reading = self.reader.read(conversations, max_tiles=max_tiles, room=room)
+            reading = self.reader.read(conversations, detail=detail, room=room)
             steps = make_answers(reading, answers, sampling, dice)
             if stream:
                 return text_pieces(answers[0], self.offload.while_running(LANGUAGE, steps))

@@ -45,10 +45,10 @@ class FolderSummary:
     def dtype(self) -> torch.dtype:
         """That `dtype="auto"` means: as stored, and where parts differ the one that holds all.
 
-        Parts that are float32 always are left out.
+        Parts that are float32 always are left out, and so is the decoder.
         """
-        wide = self.family.wide
-        stored = [d for part, found in self.dtypes.items() if part not in wide for d in found]
+        others = (*self.family.wide, "decoder")
+        stored = [d for part, found in self.dtypes.items() if part not in others for d in found]
         return reduce(torch.promote_types, stored) if stored else torch.float32
 
 
@@ -82,6 +82,7 @@ def check_model(folder: Path) -> None:
     family = family_of_folder(folder)
     with _one_line(folder):
         open_model(family.model_class, folder, family.folder_format)
+        family.decoder_tensors(folder)
 
 
 def summarize_folder(folder: Path) -> FolderSummary:
@@ -94,17 +95,20 @@ def summarize_folder(folder: Path) -> FolderSummary:
     with _one_line(folder):
         values, weights = read_config(folder), family.folder_format.open_weights(folder)
         names, shapes = name_weights(weights, family.folder_format)
+        tensors = {own: (shapes[own], weights.dtypes[found]) for own, found in names.items()}
+        tensors |= family.decoder_tensors(folder)
         dtypes: dict[str, dict[torch.dtype, int]] = {}
-        for own, found in names.items():
-            part, dtype = part_of(own, family.parts), weights.dtypes[found]
+        for own, (shape, dtype) in tensors.items():
+            part = part_of(own, family.parts)
             if part is None:
                 continue  # `load_model` names all that is unknown
             held = dtypes.setdefault(part, {})
-            held[dtype] = held.get(dtype, 0) + math.prod(shapes[own])
+            held[dtype] = held.get(dtype, 0) + math.prod(shape)
+        counted = {own: shape for own, (shape, _) in tensors.items()}
         return FolderSummary(
             family=family,
             config=family.folder_format.read_config(values, shapes),
-            counts=count_shapes(shapes, family.parts),
+            counts=count_shapes(counted, family.parts),
             dtypes=dtypes,
             skipped=family.skipped_names(weights.shapes),
         )

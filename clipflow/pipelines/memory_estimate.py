@@ -4,51 +4,36 @@ Weights, plans and what the decoder keeps are counted exactly; activations of th
 the largest set of tensors that lives at once, as its layers are written.
 """
 
-# Shape suffixes: R = rows, L = positions, H = LM width, I = its feed-forward width.
-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from clipflow.errors import InputError
-from clipflow.models.dits.linears import can_quantize
-from clipflow.models.dits.sana import SanaConfig, SanaTransformer
-from clipflow.models.dits.sana_quantized import quantized_bytes
 from clipflow.models.folders.parts import count_shapes
-from clipflow.models.unilip.config import UniLIPConfig
-from clipflow.pipelines.activations import (
-    decode_activations,
-    decoder_kernels,
-    language_activations,
-    vision_activations,
-)
 from clipflow.pipelines.arguments import positive
 from clipflow.pipelines.generation_defaults import GenerationDefaults
 from clipflow.pipelines.loading import summarize_folder
 from clipflow.pipelines.model_folders import find_model
 from clipflow.pipelines.options import (
-    PictureSize,
     check_guidance,
     check_solver,
     check_steps,
     check_tier,
 )
-from clipflow.pipelines.sampler import LENGTH_STEP
-from clipflow.sampling import FlowSchedule, PlanSpec, StepCache
-from clipflow.sampling.loop import SamplingLoop
+from clipflow.sampling import StepCache
 
 if TYPE_CHECKING:
     from clipflow.pipelines.families.base import Family
+    from clipflow.pipelines.memory_calls import CallShape
     from clipflow.pipelines.parts import PipelineParts
 
 PROMPT_TOKENS = 64
-CPU = torch.device("cpu")
 # What a family shows of its weights beside those of the language side.
 DIT, DECODER = "DiT", "decoder"
 
@@ -137,62 +122,6 @@ class MemoryEstimate:
         return "\n".join(f"{name:<24}{size / 2**20:>11,.1f} MiB" for name, size in rows.items())
 
 
-@dataclass(frozen=True, kw_only=True)
-class CallShape:
-    """One call, as far as memory goes.
-
-    Attributes:
-        images: pictures of the call.
-        prompts: different prompts among them.
-        size: of each picture.
-        steps, solver, guided: of sampling.
-        prompt_tokens: of the longest prompt with its template, without a picture.
-        edit: whether each prompt has a picture.
-        step_cache: how steps are skipped, if they are.
-        dtype, device, tier: of the pipeline.
-    """
-
-    images: int
-    prompts: int
-    size: PictureSize
-    steps: int
-    solver: str
-    guided: bool
-    prompt_tokens: int
-    edit: bool
-    step_cache: StepCache | None
-    dtype: torch.dtype
-    device: torch.device
-    tier: str
-
-    @property
-    def nulls(self) -> int:
-        """Different null prompts; those of edits show the pictures."""
-        return (self.prompts if self.edit else 1) if self.guided else 0
-
-    def positions(self, config: Any) -> int:
-        """What the language model reads of each prompt: its tokens, a picture's, the queries."""
-        picture = config.latent_side**2 if self.edit else 0
-        return self.prompt_tokens + picture + config.n_query
-
-    def spec(self, config: Any, schedule: FlowSchedule, condition_tokens: int) -> PlanSpec:
-        """Of the plan that the call runs; on the meta device, where nothing takes memory."""
-        return PlanSpec(
-            sigmas=tuple(schedule.sigmas.tolist()),
-            timesteps=tuple(schedule.timesteps.tolist()),
-            solver=self.solver,
-            samples=self.images,
-            guided=self.guided,
-            latent_shape=(config.latent_channels, *self.size[:2]),
-            conditions=(self.nulls, self.prompts),
-            condition_length=-(-condition_tokens // LENGTH_STEP) * LENGTH_STEP,
-            dtype=self.dtype,
-            device=torch.device("meta"),
-            tier=self.tier,
-            step_cache=self.step_cache,
-        )
-
-
 def weight_bytes(family: Family, counts: Mapping[str, int], dtype: torch.dtype) -> dict[str, int]:
     """Bytes of what `family` shows of a model with `counts` parameters in each part."""
     return {
@@ -202,31 +131,6 @@ def weight_bytes(family: Family, counts: Mapping[str, int], dtype: torch.dtype) 
         )
         for shown, parts in family.shown_parts.items()
     }
-
-
-def unilip_estimate(
-    family: Family, config: UniLIPConfig, counts: Mapping[str, int], call: CallShape
-) -> MemoryEstimate:
-    """Memory of `call` for a UniLIP of `config` with `counts` parameters in each part."""
-    schedule = family.schedule(config, call.steps)
-    spec = call.spec(config, schedule, call.positions(config))
-    dit = _without_memory(config.dit)
-    quantized = call.tier == "fast" and _multiplies_in_8_bits(call.device)
-    rows, positions = call.prompts + call.nulls, call.positions(config)
-    language = language_activations(config.text, rows, positions, call.dtype)
-    if call.edit:
-        language = max(language, vision_activations(config.vision, call.prompts, call.dtype))
-    shape = (call.images, *call.size[:2])
-    return MemoryEstimate(
-        weights=weight_bytes(family, counts, call.dtype),
-        quantized_weights=quantized_bytes(dit, call.device) if quantized else 0,
-        decoder_kernels=decoder_kernels(config.decoder, shape) if call.device == CPU else 0,
-        conditions=rows * positions * config.dit.caption_channels * call.dtype.itemsize,
-        plan=dit.plan_bytes(spec) + loop_bytes(spec),
-        language=language,
-        sampling=2 * spec.rows * spec.tokens * config.dit.hidden_size * call.dtype.itemsize,
-        decode=decode_activations(config.decoder, shape, call.device),
-    )
 
 
 def folder_estimate(
@@ -344,6 +248,8 @@ def _call(
     positive("prompt_tokens", others["prompt_tokens"])
     if positive("num_images", images) % positive("num_prompts", prompts):
         raise InputError(f"num_images must be a multiple of num_prompts {prompts}, got {images}")
+    from clipflow.pipelines.memory_calls import CallShape
+
     return CallShape(
         images=images,
         prompts=prompts,
@@ -353,26 +259,3 @@ def _call(
         guided=scale != 1.0,
         **others,
     )
-
-
-@lru_cache(maxsize=1)
-def _without_memory(config: SanaConfig) -> SanaTransformer:
-    with torch.device("meta"):
-        return SanaTransformer(config)
-
-
-def loop_bytes(spec: PlanSpec) -> int:
-    loop = SamplingLoop(
-        spec.table,
-        (spec.samples, *spec.latent_shape),
-        guided=spec.guided_evaluations,
-        latents_dtype=torch.float32,
-        model_dtype=spec.dtype,
-        device=spec.device,
-    )
-    return loop.nbytes
-
-
-def _multiplies_in_8_bits(device: torch.device) -> bool:
-    """As `can_quantize`; where no GPU can be asked, it is taken for a recent one."""
-    return (device.type == "cuda" and not torch.cuda.is_available()) or can_quantize(device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from clipflow.errors import InputError
 from clipflow.models.language.token_sampling import Generators
 from clipflow.pipelines.arguments import is_list
-from clipflow.pipelines.decoding import FeatureDecoding
+from clipflow.pipelines.decoding import FeatureDecoding, ImageTokenSampling
 from clipflow.pipelines.output import OUTPUT_RESOLUTIONS, OUTPUT_TYPES
 from clipflow.sampling import SOLVERS, TIERS, StepCache
 from clipflow.sampling.step_cache import check_step_cache
@@ -57,7 +57,7 @@ class SamplingOptions:
         batch_invariant: sample each picture by itself.
         tier: one of `clipflow.sampling.TIERS`.
         step_cache: how steps are skipped, or None.
-        decoding: of a diffusion decoder, or None for its defaults.
+        decoding, image_tokens: of the families that have them, or None for the defaults.
     """
 
     num_inference_steps: int
@@ -74,6 +74,7 @@ class SamplingOptions:
     tier: str
     step_cache: StepCache | None
     decoding: FeatureDecoding | None
+    image_tokens: ImageTokenSampling | None
 
     def __post_init__(self) -> None:
         check_steps(self.num_inference_steps)

@@ -36,6 +36,7 @@ class PipelineParts:
 
     Attributes:
         family: what is the model's own way of doing things.
+        progress: options of tqdm bars; see `set_progress_bar_config`.
     """
 
     memory_estimate = MemoryEstimator()
@@ -64,7 +65,7 @@ class PipelineParts:
         )
         self.sampler = Sampler(model, family.schedule)
         self.reader = family.reader(self)
-        self._progress_bar_config: dict[str, object] = {}
+        self.progress: dict[str, object] = {}
 
     @classmethod
     def from_pretrained(
@@ -117,10 +118,9 @@ class PipelineParts:
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        texts = {
-            PROCESSOR_FILE: self.image_processor.to_json(),
-            GENERATION_FILE: self.defaults.to_json(),
-        }
+        texts = {GENERATION_FILE: self.defaults.to_json()}
+        if self.image_processor is not None:
+            texts[PROCESSOR_FILE] = self.image_processor.to_json()
         for name, text in texts.items():
             write_atomically(folder / name, lambda file, text=text: file.write(text.encode()))
 
@@ -131,7 +131,12 @@ class PipelineParts:
 
     @property
     def feature_cache(self) -> ConditionCache:
-        """Features of the pictures asked about last: as `condition_cache`."""
+        """Features of the pictures asked about last: as `condition_cache`.
+
+        Raises:
+            InputError: the model sees no pictures.
+        """
+        self.family.require("ask", self.model)
         return self.reader.cache
 
     @property
@@ -165,9 +170,9 @@ class PipelineParts:
         self.offload.check_idle()
         if device is not None:
             self.offload.disable()
-        decoder = self.family.decoder
+        wide = self.family.wide_modules
         for name, part in self.model.named_children():
-            part.to(device=device, dtype=torch.float32 if name in decoder else dtype)
+            part.to(device=device, dtype=torch.float32 if name in wide else dtype)
         for parameter in self.model.parameters(recurse=False):
             parameter.data = parameter.data.to(device=device, dtype=dtype)
         # Rotary tables in half precision would turn late positions by the wrong angle.
@@ -197,7 +202,7 @@ class PipelineParts:
 
     def set_progress_bar_config(self, **config: object) -> None:
         """Options of the tqdm bar of later calls, e.g. `disable=True`."""
-        self._progress_bar_config = config
+        self.progress = config
 
 
 def _weight_dtype(folder: Path, dtype: torch.dtype | str | None) -> torch.dtype:

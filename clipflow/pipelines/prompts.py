@@ -59,6 +59,11 @@ class Prompts(ABC):
         a picture that is to be edited.
         """
 
+    @property
+    def following(self) -> int:
+        """Positions that follow a prompt for a picture: the learned queries."""
+        return self.config.n_query
+
     def question(self, text: str) -> str:
         """The conversation that asks about a picture of the native size."""
         return self.chat([("user", self.picture() + text)])
@@ -94,7 +99,7 @@ class Prompts(ABC):
         """
         rows = [self.ids(text) for text in texts]
         width = max(len(row) for row in rows)
-        following = self.config.n_query if following is None else following
+        following = self.following if following is None else following
         positions = self.config.text.max_position_embeddings
         if width + following > positions:
             raise InputError(

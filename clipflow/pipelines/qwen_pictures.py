@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,19 +21,20 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipflow.errors import InputError
 from clipflow.models.language.positions import Grid
 from clipflow.pipelines.image_processor import FILE_NAME, ImageProcessor
+from clipflow.pipelines.picture_sets import PictureSet
 
 if TYPE_CHECKING:
     from transformers import Qwen2VLImageProcessorPil
 
     from clipflow.models.blip3o.config import BLIP3oConfig
 
-# Of Qwen2.5-VL, where a folder does not say.
-MIN_PIXELS, MAX_PIXELS = 56 * 56, 16384 * 28 * 28
+# Of Qwen2.5-VL, where a folder does not say; but a picture leaves half of a prompt to the words.
+MIN_TOKENS, MAX_TOKENS = 4, 16384
 STEPS = ("do_resize", "do_rescale", "do_normalize")
 
 
@@ -51,11 +53,13 @@ class QwenImageProcessor(ImageProcessor):
     patch_size: int
     temporal_patch_size: int
     merge_size: int
-    min_pixels: int = MIN_PIXELS
-    max_pixels: int = MAX_PIXELS
+    min_pixels: int
+    max_pixels: int
 
     @classmethod
     def from_config(cls, config: BLIP3oConfig) -> QwenImageProcessor:
+        token = config.vision.feature_pixels**2
+        most = max(MIN_TOKENS, min(MAX_TOKENS, config.text.max_position_embeddings // 2))
         return cls(
             size=config.image_size,
             mean=config.image_mean,
@@ -63,6 +67,8 @@ class QwenImageProcessor(ImageProcessor):
             patch_size=config.vision.patch_size,
             temporal_patch_size=config.vision.temporal_patch_size,
             merge_size=config.vision.spatial_merge_size,
+            min_pixels=MIN_TOKENS * token,
+            max_pixels=most * token,
         )
 
     @classmethod
@@ -78,14 +84,14 @@ class QwenImageProcessor(ImageProcessor):
             return own
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            least, most = _pixels(values)
+            size = values.get("size") or {}
             found = dataclasses.replace(
                 own,
                 mean=tuple(float(v) for v in values.get("image_mean", own.mean)),
                 std=tuple(float(v) for v in values.get("image_std", own.std)),
                 resample=int(values.get("resample", own.resample)),
-                min_pixels=least,
-                max_pixels=most,
+                min_pixels=values.get("min_pixels", size.get("shortest_edge", own.min_pixels)),
+                max_pixels=values.get("max_pixels", size.get("longest_edge", own.max_pixels)),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
@@ -151,6 +157,22 @@ class QwenImageProcessor(ImageProcessor):
         )
         return read["pixel_values"].to(torch.float32), read["image_grid_thw"]
 
+    def within(self, max_pixels: int | None) -> QwenImageProcessor:
+        """The same for pictures of at most `max_pixels`, if given.
+
+        Raises:
+            InputError: that is less than a token.
+        """
+        if max_pixels is None:
+            return self
+        least = (self.patch_size * self.merge_size) ** 2
+        if type(max_pixels) is not int or max_pixels < least:
+            raise InputError(
+                f"max_pixels must be a whole number of at least {least}, got {max_pixels!r}"
+            )
+        fewer = min(self.min_pixels, max_pixels)
+        return dataclasses.replace(self, min_pixels=fewer, max_pixels=max_pixels)
+
     def _check_pixels(self, path: Path) -> None:
         least, most = self.min_pixels, self.max_pixels
         if not all(type(value) is int for value in (least, most)) or not 0 < least <= most:
@@ -160,13 +182,29 @@ class QwenImageProcessor(ImageProcessor):
             )
 
 
-def _pixels(values: Mapping) -> tuple[int, int]:
-    """(min_pixels, max_pixels) of a file, old or new."""
-    size = values.get("size") or {}
-    return (
-        values.get("min_pixels", size.get("shortest_edge", MIN_PIXELS)),
-        values.get("max_pixels", size.get("longest_edge", MAX_PIXELS)),
-    )
+class WholeSet(PictureSet):
+    """Pictures at their own shape; the size of one is how many tokens it has.
+
+    One at a time is seen: a feature's bits do not depend on the pictures beside it.
+    """
+
+    processor: QwenImageProcessor
+    at_once = 1
+
+    @property
+    def grids(self) -> list[Grid]:
+        return [self.processor.grid(picture) for picture in self.pictures]
+
+    def cut(self, image: Image.Image) -> list[Image.Image]:
+        return [image]
+
+    def size(self, places: Sequence[int]) -> int:
+        return sum(math.prod(self.processor.grid(self.pictures[place])) for place in places)
+
+    def features(self, model: nn.Module, places: Sequence[int]) -> Sequence[Tensor]:
+        return [
+            model.encode_patches(*self.processor.patches(self.pictures[place])) for place in places
+        ]
 
 
 @lru_cache(maxsize=8)

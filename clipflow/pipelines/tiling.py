@@ -8,13 +8,15 @@ Source: Chen et al., "How Far Are We to GPT-4V?" (2024), section 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from hashlib import sha256
+from collections.abc import Sequence
 
 from PIL import Image
+from torch import Tensor, nn
 
-from clipflow.pipelines.image_io import ImageInput, load_image
 from clipflow.pipelines.image_processor import ImageProcessor
+from clipflow.pipelines.picture_sets import PictureSet
+
+PIXELS_AT_ONCE = 8 * 448**2  # through the vision tower
 
 
 def tile_grid(width: int, height: int, *, size: int, max_tiles: int) -> tuple[int, int]:
@@ -59,56 +61,34 @@ def cut_tiles(
     return [*tiles, whole]
 
 
-class TileSet:
-    """The different tiles of all pictures of a call; equal ones are kept once.
+class TileSet(PictureSet):
+    """Tiles of pictures; the size of a picture is how many it has."""
 
-    Attributes:
-        processor: what the tiles are cut for.
-        tiles: the different ones.
-        digests: of their pixels.
-        places: for each picture that was added, in order, which tiles are its own.
-    """
+    grids = None
 
     def __init__(self, processor: ImageProcessor, max_tiles: int) -> None:
-        self.processor = processor
-        self.tiles: list[Image.Image] = []
-        self.digests: list[bytes] = []
-        self.places: list[list[int]] = []
+        super().__init__(processor)
         self._max_tiles = max_tiles
-        self._known: dict[bytes, int] = {}
-        self._read: dict[int, list[int]] = {}
 
-    def add(self, images: Sequence[ImageInput]) -> list[int]:
-        """Add pictures; how many tiles each has.
+    @property
+    def at_once(self) -> int:
+        return max(1, PIXELS_AT_ONCE // self.processor.size**2)
 
-        Raises:
-            InputError: a picture that cannot be read.
-        """
-        counts = []
-        for image in images:
-            if id(image) not in self._read:
-                self._read[id(image)] = list(self._placed(self._cut(image)))
-            self.places.append(self._read[id(image)])
-            counts.append(len(self.places[-1]))
-        return counts
-
-    def _cut(self, image: ImageInput) -> list[Image.Image]:
+    def cut(self, image: Image.Image) -> list[Image.Image]:
         processor = self.processor
         return cut_tiles(
-            load_image(image),
+            image,
             size=processor.size,
             max_tiles=self._max_tiles,
             resample=processor.resample,
         )
 
-    def _placed(self, tiles: Iterable[Image.Image]) -> Iterable[int]:
-        for tile in tiles:
-            digest = sha256(tile.tobytes()).digest()
-            place = self._known.setdefault(digest, len(self.tiles))
-            if place == len(self.tiles):
-                self.tiles.append(tile)
-                self.digests.append(digest)
-            yield place
+    def size(self, places: Sequence[int]) -> int:
+        return len(places)
+
+    def features(self, model: nn.Module, places: Sequence[int]) -> Sequence[Tensor]:
+        pixels = self.processor([self.pictures[place] for place in places])
+        return model.encode_image(pixels.to(model.device, model.dtype))
 
 
 def _resized(image: Image.Image, size: tuple[int, int], filters: Image.Resampling) -> Image.Image:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import os
-import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
 
 from clipflow.errors import InputError
-from clipflow.models.folders.checkpoint import CONFIG_FILE, write_json, write_shards
+from clipflow.models.folders.checkpoint import CONFIG_FILE, write_json
 from clipflow.models.unilip import UniLIPConfig, UniLIPModel
+from clipflow.testing.folder_writing import PlannedWeights, Tensors, new_folder
 from clipflow.testing.published_config import published_config, size_config
-from clipflow.testing.random_weights import DTYPES, RandomWeights
+from clipflow.testing.random_weights import DTYPES
 from clipflow.testing.tokenizer_files import FORMS, write_tokenizer
-
-Tensors = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 DECODER = "vae_decoder."
 # How names in a file begin instead of with "model." where transformers maps them back.
@@ -31,8 +24,6 @@ REVERSE = {
     "multi_modal_projector.": "multi_modal_projector.",
     "lm_head.": "language_model.lm_head.",
 }
-SPARE_BYTES = 16_000_000  # for the tokenizer and headers
-SHOW_PROGRESS_FROM = 2**28  # bytes
 
 
 def write_unilip_folder(
@@ -89,21 +80,13 @@ def write_unilip_folder(
     planned = {name: tensors[own] for name, own in names.items()}
     for name, shape in (extra_tensors or {}).items():
         planned[name] = (tuple(shape), dtype)
-    _check_place(directory, size, _bytes_of(planned))
-
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = directory.parent / f".{directory.name}-{secrets.token_hex(4)}"
-    try:
-        staging.mkdir()
-        write_json(staging / CONFIG_FILE, published_config(config, dtype))
-        write_tokenizer(staging, image_token_id=config.tokens.img_context, form=tokenizer)
+    weights = PlannedWeights(planned, names, seed)
+    with new_folder(directory, size, weights.nbytes) as folder:
+        write_json(folder / CONFIG_FILE, published_config(config, dtype))
+        write_tokenizer(folder, image_token_id=config.tokens.img_context, form=tokenizer)
         if preprocessor:
-            write_json(staging / "preprocessor_config.json", _preprocessor(config))
-        _write_weights(staging, planned, names, RandomWeights(seed), max_shard_size, progress)
-        os.replace(staging, directory)  # an empty folder there gives way
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+            write_json(folder / "preprocessor_config.json", _preprocessor(config))
+        weights.write(folder, max_shard_size, progress)
     return directory
 
 
@@ -145,41 +128,6 @@ def published_name(own: str, prefixes: str = "in_memory") -> str:
     return own if own.startswith("lm_head.") else f"model.{own}"
 
 
-def _check_place(directory: Path, size: str, wanted: int) -> None:
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        what = "a folder with files in it" if directory.is_dir() else "a file"
-        raise InputError(f"{directory}: must be a new or empty folder, got {what}")
-    above = next(folder for folder in directory.absolute().parents if folder.exists())
-    free = shutil.disk_usage(above).free
-    if free < wanted + SPARE_BYTES:
-        raise InputError(
-            f"{directory}: size {size!r} must have {wanted / 1e9:.2f} GB on the disk, "
-            f"got {free / 1e9:.2f} GB free"
-        )
-
-
-def _write_weights(
-    folder: Path,
-    planned: Tensors,
-    names: Mapping[str, str],
-    weights: RandomWeights,
-    max_shard_size: int | str,
-    progress: bool | None,
-) -> None:
-    meta = {
-        name: torch.empty(shape, dtype=dtype, device="meta")
-        for name, (shape, dtype) in planned.items()
-    }
-    total = _bytes_of(planned)
-    hidden = not progress if progress is not None else total < SHOW_PROGRESS_FROM
-
-    def read(name: str) -> Tensor:
-        return weights.tensor(names.get(name, name), *planned[name])
-
-    with tqdm(total=total, unit="B", unit_scale=True, disable=hidden) as bar:
-        write_shards(folder, meta, read, max_shard_size, after_file=bar.update)
-
-
 def _preprocessor(config: UniLIPConfig) -> dict:
     return {
         "crop_to_patches": False,
@@ -197,7 +145,3 @@ def _preprocessor(config: UniLIPConfig) -> dict:
         "rescale_factor": 1 / 255,
         "size": {"height": config.image_size, "width": config.image_size},
     }
-
-
-def _bytes_of(planned: Tensors) -> int:
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in planned.values())

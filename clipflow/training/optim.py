@@ -130,6 +130,8 @@ _OUTER_LAYERS = (
     "patch_embedding.weight",
     "decoder.conv_in.weight",
     "decoder.conv_out.weight",
+    "patch_embedder.proj.weight",
+    "norm_out.linear_2.weight",
 )
 
 

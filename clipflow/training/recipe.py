@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-PACKAGED = Path(__file__).resolve().parent.parent / "recipes" / "scenes"
-STAGES = ("understanding", "reconstruction", "generation")
+_RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+PACKAGED = (_RECIPES / "scenes", _RECIPES / "scenes_blip3o")
+STAGES = ("understanding", "reconstruction", "generation", "target", "seeing")
 OPTIMIZERS = ("adamw", "muon")
 _MINUTES = re.compile(r"([0-9.]+) *(?:m|min|minutes?)")
 
@@ -136,11 +137,11 @@ def find_recipe(recipe: str | Path) -> Path:
         if not path.is_file():
             raise FileNotFoundError(f"recipe: no file {path}")
         return path
-    path = PACKAGED / f"{text}.yaml"
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in PACKAGED.glob("*.yaml"))) or "none"
+    packaged = {path.stem: path for folder in PACKAGED for path in sorted(folder.glob("*.yaml"))}
+    if text not in packaged:
+        names = ", ".join(packaged) or "none"
         raise FileNotFoundError(f"recipe: must be one of {names}, or a .yaml file, got {text!r}")
-    return path
+    return packaged[text]
 
 
 def _plain(key: str, value: Any) -> Any:

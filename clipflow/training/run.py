@@ -15,6 +15,7 @@ import logging
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -32,6 +33,9 @@ SCENES = (
     "meaning",
     "editing",
 )
+# Of the scenes BLIP3-o, which starts from the embedded UniLIP-scenes.
+SCENES_BLIP3O = ("target", "seeing", "placing", "reading", "drawing")
+CHAINS = {"scenes": SCENES, "scenes-blip3o": SCENES_BLIP3O}
 # What may change between two pieces of a run: how long and where it runs, not what it learns.
 _MAY_CHANGE = ("steps", "minutes", "checkpoint_every", "log_every", "compile")
 _OPTIONS_MAY_CHANGE = ("threads", "device", "prefetch")
@@ -70,11 +74,14 @@ def train(
     return _train(replace(loaded, **changes), Path(out), model, progress)
 
 
-def train_scenes(out: Path, *, scale: float = 1.0, progress: bool = True) -> Path:
-    """Train the scenes model from nothing: all recipes in order, each resumable.
+def train_scenes(
+    out: Path, *, chain: str = "scenes", scale: float = 1.0, progress: bool = True
+) -> Path:
+    """Train a scenes model: all its recipes in order, each resumable.
 
     Args:
-        out: folder of the seven runs.
+        out: folder of the runs.
+        chain: one of `CHAINS`: "scenes", from nothing, or "scenes-blip3o".
         scale: factor on steps, minutes and warm-up of every recipe; 1.0 makes the shipped model.
         progress: show a bar on stderr.
 
@@ -83,7 +90,7 @@ def train_scenes(out: Path, *, scale: float = 1.0, progress: bool = True) -> Pat
     """
     if not scale > 0:
         raise ValueError(f"train_scenes: scale must be positive, got {scale}")
-    for name in SCENES:
+    for name in CHAINS[chain]:
         final = _train(_scaled(Recipe.load(find_recipe(name)), scale), Path(out), None, progress)
     return final
 
@@ -94,14 +101,17 @@ def stage_of(recipe: Recipe) -> Stage:
     Raises:
         ValueError: there is no such stage.
     """
+    return _stage_module(recipe).STAGE()
+
+
+def _stage_module(recipe: Recipe) -> ModuleType:
     module = f"clipflow.training.stages.{recipe.stage}"
     try:
-        found = importlib.import_module(module)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not module.startswith(error.name):
             raise  # the stage is there; something that it imports is not
         raise ValueError(f"recipe {recipe.name}: no stage {recipe.stage!r}") from error
-    return found.STAGE()
 
 
 def _train(recipe: Recipe, out: Path, model: nn.Module | None, progress: bool) -> Path:
@@ -129,15 +139,10 @@ def _train(recipe: Recipe, out: Path, model: nn.Module | None, progress: bool) -
 def _save(model: nn.Module, folder: Path) -> None:
     """Write a folder that `CLIPFlowPipeline.from_pretrained` opens: model and tokenizer."""
     # Imported here: it brings transformers and diffusers, which `--help` need not wait for.
-    from clipflow.models.unilip import UniLIPModel
+    from clipflow.training.scenes_model import pipeline_of
 
-    if isinstance(model, UniLIPModel):
-        from clipflow.pipelines import CLIPFlowPipeline
-        from clipflow.scenes.tokenizer import make_tokenizer
-
-        CLIPFlowPipeline(model, make_tokenizer()).save_pretrained(folder)
-    else:
-        model.save_pretrained(folder)
+    pipeline = pipeline_of(model)
+    (model if pipeline is None else pipeline).save_pretrained(folder)
 
 
 def _scaled(recipe: Recipe, scale: float) -> Recipe:
@@ -173,14 +178,13 @@ def _origin(source: Path | None) -> str | None:
 
 
 def _initial_model(recipe: Recipe, source: Path | None) -> nn.Module:
+    """The model in `source`, else the untrained one of the stage, else of the first chain."""
     # Imported here: they bring transformers and diffusers, which `--help` need not wait for.
-    if source is None:
-        from clipflow.training.scenes_model import untrained
+    from clipflow.training import scenes_model
 
-        return untrained(recipe.seed)
-    from clipflow.models.unilip import UniLIPModel
-
-    return UniLIPModel.from_pretrained(source)
+    if source is not None:
+        return scenes_model.load(source)
+    return getattr(_stage_module(recipe), "untrained", scenes_model.untrained)(recipe.seed)
 
 
 def _check_same_run(folder: Path, earlier: dict[str, Any], record: dict[str, Any]) -> None:

@@ -1,16 +1,24 @@
-"""The scenes model before training: the small UniLIP and the tokenizer of its world."""
+"""The scenes models: before training, as a recipe left them, and as a pipeline."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from clipflow.models.blip3o.model import BLIP3oModel
+from clipflow.models.folders.checkpoint import read_config
 from clipflow.models.unilip import UniLIPModel, scenes_model
 from clipflow.models.unilip.config import TokenIds
-from clipflow.scenes.tokenizer import PAD, make_tokenizer
+from clipflow.pipelines import CLIPFlowPipeline
+from clipflow.scenes.tokenizer import PAD, make_blip3o_tokenizer, make_tokenizer
+
+TOKENIZERS = {UniLIPModel: make_tokenizer, BLIP3oModel: make_blip3o_tokenizer}
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast) -> TokenIds:
-    """The ids that the model's configuration names."""
+    """The ids that the configuration of UniLIP names."""
     pad, start, end, context, im_end = tokenizer.convert_tokens_to_ids(
         [PAD, "<img>", "</img>", "<IMG_CONTEXT>", "<|im_end|>"]
     )
@@ -18,6 +26,18 @@ def token_ids(tokenizer: PreTrainedTokenizerFast) -> TokenIds:
 
 
 def untrained(seed: int = 0) -> UniLIPModel:
-    """The model that the recipes start from; the same for the same seed."""
+    """The UniLIP that the recipes start from; the same for the same seed."""
     tokenizer = make_tokenizer()
     return scenes_model(vocab_size=len(tokenizer), tokens=token_ids(tokenizer), seed=seed)
+
+
+def load(folder: Path) -> nn.Module:
+    """The model in `folder`, of either family."""
+    multimodal = str(read_config(folder).get("model_type", "")).endswith("blip3o")
+    return (BLIP3oModel if multimodal else UniLIPModel).from_pretrained(folder)
+
+
+def pipeline_of(model: nn.Module) -> CLIPFlowPipeline | None:
+    """The model with the tokenizer of its family; None where it is of none."""
+    make = TOKENIZERS.get(type(model))
+    return None if make is None else CLIPFlowPipeline(model, make())

@@ -84,6 +84,7 @@ class BLIP3oConfig:
         system_message: what every prompt begins with.
         noise_dtype: what starting noise is drawn in, whatever the model computes in: with it a seed
             means a picture.
+        edits: whether it was trained to edit pictures; published ones were not.
 
     Raises:
         ValueError: sizes that do not fit together; one error names them all.
@@ -104,9 +105,15 @@ class BLIP3oConfig:
     image_std: tuple[float, float, float]
     system_message: str
     noise_dtype: str
+    edits: bool = False
 
     def __post_init__(self) -> None:
         check_rules(_rules(self), "blip3o config")
+
+    @property
+    def latent_channels(self) -> int:
+        """Width of the features that are drawn."""
+        return self.dit.in_channels
 
     @property
     def image_size(self) -> int:

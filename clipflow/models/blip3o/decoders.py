@@ -9,6 +9,7 @@ import torch
 from clipflow.models.blip3o.feature_decoder import MODEL_TYPE, FeatureDecoder
 from clipflow.models.blip3o.sdxl_decoder import SDXLDecoder
 from clipflow.models.folders.checkpoint import CONFIG_FILE, read_config
+from clipflow.models.folders.shapes import Shape
 
 FOLDER = "diffusion-decoder"
 
@@ -37,3 +38,26 @@ def load_decoder(
             )
         return FeatureDecoder.from_folder(folder, dtype=dtype, device=device)
     return SDXLDecoder.from_folder(folder, dtype=dtype, device=device)
+
+
+def stored_tensors(folder: str | Path) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Shape and stored dtype of each tensor of the decoder in `folder`, as names of a model.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_decoder`, but for the values of the weights.
+    """
+    if (Path(folder) / CONFIG_FILE).exists():
+        weights = FeatureDecoder.meta(folder)
+        return {
+            f"decoder.{name}": (shape, weights.dtypes[name])
+            for name, shape in weights.shapes.items()
+        }
+    found = SDXLDecoder.meta(folder)
+    return {
+        f"decoder.{part}.{own}": (
+            found.weights[part].shapes[name],
+            found.weights[part].dtypes[name],
+        )
+        for part, names in found.names.items()
+        for own, name in names.items()
+    }

@@ -16,12 +16,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from clipflow.errors import InputError, ShapeError
 from clipflow.models.dc_ae.config import DecoderConfig
 from clipflow.models.dc_ae.decoder import DCAEDecoder
-from clipflow.models.folders.checkpoint import save_folder
-from clipflow.models.folders.loading import FolderFormat, load_model
+from clipflow.models.folders.checkpoint import Weights, save_folder
+from clipflow.models.folders.loading import FolderFormat, load_model, open_model
 from clipflow.models.folders.parsing import build
 from clipflow.models.folders.rules import check_rules, positive
 
@@ -35,6 +36,7 @@ class FeatureDecoderConfig:
     Attributes:
         feature_width: D.
         grid_side: of the features that it was trained with; `native_size` follows from it.
+        spread: a feature is projected to spread x spread latents.
         decoder: of the DC-AE decoder.
 
     Raises:
@@ -44,12 +46,14 @@ class FeatureDecoderConfig:
     feature_width: int
     grid_side: int
     decoder: DecoderConfig
+    spread: int = 1
 
     def __post_init__(self) -> None:
         channels, latent = self.decoder.block_out_channels, self.decoder.latent_channels
         numbers = {
             "feature_width": self.feature_width,
             "grid_side": self.grid_side,
+            "spread": self.spread,
             "decoder.latent_channels": latent,
             "decoder.attention_head_dim": self.decoder.attention_head_dim,
         }
@@ -81,6 +85,9 @@ class FeatureDecoderConfig:
 class FeatureDecoder(DCAEDecoder):
     """Draws features at once: Linear(D, C) on each token, then the DC-AE decoder.
 
+    Where features are spread, it is Linear(D, C * spread^2), whose outputs are ordered channel,
+    row, column.
+
     Attributes:
         guided: whether `draw` looks at null features; it does not.
     """
@@ -90,7 +97,8 @@ class FeatureDecoder(DCAEDecoder):
     def __init__(self, config: FeatureDecoderConfig) -> None:
         super().__init__(config.decoder)
         self.sizes = config
-        self.proj = nn.Linear(config.feature_width, config.decoder.latent_channels)
+        values = config.decoder.latent_channels * config.spread**2
+        self.proj = nn.Linear(config.feature_width, values)
 
     @classmethod
     def from_folder(
@@ -113,6 +121,12 @@ class FeatureDecoder(DCAEDecoder):
         """
         return load_model(cls, folder, _FORMAT, device=device)
 
+    @classmethod
+    def meta(cls, folder: str | Path) -> Weights:
+        """The weights in a folder, by their headers; raises as `from_folder`."""
+        _, weights, _ = open_model(cls, folder, _FORMAT)
+        return weights
+
     def save(self, folder: str | Path) -> None:
         """Write a folder that `from_folder` reads; see `save_folder` for what it promises."""
         save_folder(folder, self.sizes.to_dict(), self.state_dict())
@@ -133,7 +147,7 @@ class FeatureDecoder(DCAEDecoder):
     @property
     def upscale(self) -> int:
         """Picture pixels per feature and axis."""
-        return self.config.upscale
+        return self.config.upscale * self.sizes.spread
 
     @property
     def native_size(self) -> int:
@@ -188,7 +202,8 @@ class FeatureDecoder(DCAEDecoder):
                     f"{name} must be {cells * self.upscale} for these features, got {side!r}"
                 )
         tokens = self.proj(tokens.to(self.device, self.dtype))
-        return self.decode(tokens.transpose(1, 2).unflatten(2, grid).contiguous())
+        latents = F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, grid), self.sizes.spread)
+        return self.decode(latents.contiguous())
 
     def _tokens(self, features: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """(features [B, N, D], their grid)."""
@@ -210,6 +225,7 @@ def _bounds(config: FeatureDecoderConfig) -> dict[str, object]:
     channels, depths = config.decoder.block_out_channels, config.decoder.layers_per_block
     return {
         "feature_width": config.feature_width,
+        "spread": config.spread,
         "decoder.latent_channels": config.decoder.latent_channels,
         **{f"decoder.block_out_channels[{i}]": width for i, width in enumerate(channels)},
         **{f"decoder.layers_per_block[{i}]": depth for i, depth in enumerate(depths)},

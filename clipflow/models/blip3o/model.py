@@ -12,6 +12,9 @@ Data flow, specs of BLIP3-o, sections A.1 and A.4:
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,12 +23,14 @@ from torch.nn import functional as F
 
 from clipflow.errors import InputError, ShapeError
 from clipflow.models.blip3o.config import BLIP3oConfig
+from clipflow.models.blip3o.decoders import FOLDER as DECODER_FOLDER
+from clipflow.models.blip3o.decoders import PixelDecoder, load_decoder
 from clipflow.models.blip3o.eva import EVATower
 from clipflow.models.blip3o.loading import folder_format
+from clipflow.models.blip3o.published import MODEL_TYPES as PUBLISHED_TYPES
 from clipflow.models.blip3o.qwen import (
     make_language_model,
     make_vision,
-    multimodal_positions,
     patches_of,
     plain_positions,
 )
@@ -33,6 +38,8 @@ from clipflow.models.condition import Condition
 from clipflow.models.dits.lumina import LuminaTransformer
 from clipflow.models.folders import checkpoint
 from clipflow.models.folders.loading import load_model
+from clipflow.models.language.beginnings import find_places
+from clipflow.models.language.positions import Grid, prompt_positions
 
 
 class BLIP3oModel(nn.Module):
@@ -52,7 +59,7 @@ class BLIP3oModel(nn.Module):
         self.latent_queries = nn.Parameter(torch.randn(1, config.n_query, H))
         self.dit = LuminaTransformer(config.dit)
         self.clip_target = None if config.target is None else EVATower(config.target)
-        self.decoder: nn.Module | None = None
+        self.decoder: PixelDecoder | None = None
 
     @property
     def device(self) -> torch.device:
@@ -69,10 +76,21 @@ class BLIP3oModel(nn.Module):
         side = self.config.latent_side
         return (self.config.dit.in_channels, side, side)
 
+    @property
+    def image_token(self) -> int:
+        """Id of the token that stands where image features go."""
+        return self.config.tokens.image_pad
+
     def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "2GB") -> None:
-        """Write config.json and safetensors; see `checkpoint.save_folder` for what it promises."""
+        """Write config.json and safetensors, and the decoder, if there is one, in a folder of it.
+
+        Each of both is written as `checkpoint.save_folder` says; config.json comes last.
+        """
+        if self.decoder is not None:
+            self.decoder.save(Path(directory) / DECODER_FOLDER)
+        state = {n: t for n, t in self.state_dict().items() if not n.startswith("decoder.")}
         checkpoint.save_folder(
-            directory, self.config.to_dict(), self.state_dict(), max_shard_size=max_shard_size
+            directory, self.config.to_dict(), state, max_shard_size=max_shard_size
         )
 
     @classmethod
@@ -83,6 +101,7 @@ class BLIP3oModel(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         with_target: bool = False,
+        with_decoder: bool = True,
     ) -> BLIP3oModel:
         """The model in `directory`, ours or a published one, in evaluation mode.
 
@@ -92,14 +111,23 @@ class BLIP3oModel(nn.Module):
             device: where the parameters go.
             with_target: read the EVA-CLIP tower of a published checkpoint that holds it; training
                 needs it, drawing and reading do not.
+            with_decoder: read the pixel decoder in `diffusion-decoder`, if that is there.
 
         Raises:
             FileNotFoundError: no such folder, or no config.json or weights in it.
-            ValueError: a damaged file, other keys or shapes than the model's, or a weight that is
-                NaN or infinite.
+            ValueError: a damaged file, other keys or shapes than the model's, a weight that is NaN
+                or infinite, or a decoder of other features.
         """
         found = folder_format(with_target=with_target)
-        return load_model(cls, directory, found, dtype=dtype, device=device)
+        model = load_model(cls, directory, found, dtype=dtype, device=device)
+        folder = Path(directory) / DECODER_FOLDER
+        if with_decoder and folder.is_dir():
+            model.decoder = load_decoder(folder, dtype=dtype, device=device)
+            _check_decoder(model.decoder, model.config, folder)
+            if checkpoint.read_config(directory).get("model_type") in PUBLISHED_TYPES:
+                size = model.decoder.native_size  # what published ones say of it is there alone
+                model.config = dataclasses.replace(model.config, output_size=size)
+        return model
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Features [B, N, H] of `pixel_values` [B, 3, S, S], normalized by mean and std.
@@ -173,35 +201,40 @@ class BLIP3oModel(nn.Module):
         return self.latent_queries.new_zeros(self.latent_queries.shape[1:])
 
     def positions(
-        self, input_ids: Tensor, attention_mask: Tensor, grid_thw: Tensor | None = None
+        self, input_ids: Tensor, attention_mask: Tensor, grids: Sequence[Grid] | None = None
     ) -> Tensor:
-        """Positions [3, B, T] for understanding, where pictures have rows and columns."""
-        return multimodal_positions(
-            input_ids,
-            attention_mask,
-            grid_thw,
-            image_pad=self.config.tokens.image_pad,
-            spatial_merge_size=self.config.vision.spatial_merge_size,
-        )
+        """Positions [3, B, T] for understanding, where pictures have rows and columns.
+
+        Args:
+            input_ids: [B, T], padded on either side.
+            attention_mask: [B, T], 1 where a token is real.
+            grids: (rows, columns) of the features of each picture, in the order of the prompts;
+                square ones of the native size when not given.
+        """
+        image = input_ids == self.image_token
+        if grids is None:
+            side = self.config.image_size // self.config.vision.feature_pixels
+            grids = [(side, side)] * (int(image.sum()) // side**2)
+        order = attention_mask.argsort(dim=-1, descending=True, stable=True)  # real tokens first
+        places = find_places(image.gather(1, order), [math.prod(grid) for grid in grids], None)
+        found = prompt_positions(places, grids, input_ids.shape[1]).to(input_ids.device)
+        return found.gather(2, order.argsort(dim=-1).expand(3, -1, -1))
 
     def logits(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
         image_features: Tensor | None = None,
-        grid_thw: Tensor | None = None,
+        grids: Sequence[Grid] | None = None,
     ) -> Tensor:
         """Next-token logits [B, T, V] of a prompt, with images or without.
 
         Args:
             input_ids, attention_mask: [B, T].
             image_features: [..., H] of all pictures.
-            grid_thw: [pictures, 3], the grids of patches that they are of; square ones of the
-                native size when not given.
+            grids: as of `positions`.
         """
-        if image_features is not None and grid_thw is None:
-            grid_thw = self._native_grids(image_features)
-        positions = self.positions(input_ids, attention_mask, grid_thw)
+        positions = self.positions(input_ids, attention_mask, grids)
         embeddings = self.embed_prompt(input_ids, image_features)
         return self.head(self.read(embeddings, attention_mask, positions))
 
@@ -230,24 +263,30 @@ class BLIP3oModel(nn.Module):
         weight = self.language_model.embed_tokens.weight if self.lm_head is None else None
         return self.lm_head(hidden) if weight is None else F.linear(hidden, weight)
 
-    def decode(self, latents: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def decode(
+        self, latents: Tensor, null_features: Tensor | None = None, **options: object
+    ) -> Tensor:
         """Pictures [B, 3, S, S] in about [-1, 1] of CLIP features [B, C, h, w].
 
-        What else is given goes to the decoder as it is.
+        Args:
+            latents: the features, as sampled.
+            null_features: what guidance leads away from; see `SDXLDecoder.draw`.
+            options: of the decoder's `draw`.
 
         Raises:
-            InputError: the checkpoint came without a decoder.
+            InputError: the checkpoint came without a decoder, or an option cannot be.
         """
         if self.decoder is None:
             raise InputError(
-                "this BLIP3-o has no pixel decoder, so it cannot draw; its folder must hold one "
-                "in diffusion-decoder/"
+                f"this BLIP3-o has no pixel decoder, so it cannot draw; its folder must hold one "
+                f"in {DECODER_FOLDER}/"
             )
-        return self.decoder(latents, *args, **kwargs)
+        return self.decoder.draw(latents, null_features, **options)
 
-    def _native_grids(self, image_features: Tensor) -> Tensor:
-        vision = self.config.vision
-        side = vision.image_size // vision.patch_size
-        features = (vision.image_size // vision.feature_pixels) ** 2
-        count = image_features.shape[:-1].numel() // features
-        return torch.tensor([[1, side, side]]).repeat(count, 1)
+
+def _check_decoder(decoder: PixelDecoder, config: BLIP3oConfig, folder: Path) -> None:
+    if decoder.feature_width != config.dit.in_channels:
+        raise ValueError(
+            f"load: {folder} must draw features {config.dit.in_channels} wide as the diffusion "
+            f"transformer's, got {decoder.feature_width}"
+        )

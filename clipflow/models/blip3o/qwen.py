@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: transformers' modules of our sizes, patches of pictures, and positions.
+"""Qwen2.5-VL: transformers' modules of our sizes, and patches of pictures.
 
 Source: Bai et al., "Qwen2.5-VL Technical Report" (2025), sections 2.1.1 and 2.1.2.
 """
@@ -9,11 +9,10 @@ Source: Bai et al., "Qwen2.5-VL Technical Report" (2025), sections 2.1.1 and 2.1
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLModel, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
@@ -98,43 +97,6 @@ def patches_of(pixel_values: Tensor, config: VisionConfig) -> tuple[Tensor, Tens
 def plain_positions(attention_mask: Tensor) -> Tensor:
     """0, 1, ... from each row's first real token on, the same on all axes: [3, B, T] int64."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
-
-
-def multimodal_positions(
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    grid_thw: Tensor | None,
-    *,
-    image_pad: int,
-    spatial_merge_size: int,
-) -> Tensor:
-    """Positions [3, B, T] for understanding: of time, row and column; padding has 0.
-
-    Args:
-        input_ids: [B, T], padded on either side.
-        attention_mask: [B, T], 1 where a token is real.
-        grid_thw: [pictures, 3] of all rows in their order; None where there are none.
-        image_pad: the id at the places of features.
-        spatial_merge_size: patches per axis that are merged into one feature.
-    """
-    if grid_thw is None:
-        return plain_positions(attention_mask)
-    vision = SimpleNamespace(spatial_merge_size=spatial_merge_size, tokens_per_second=1)
-    # The library's method needs of its model nothing but two sizes.
-    owner = SimpleNamespace(
-        config=SimpleNamespace(vision_config=vision),
-        get_vision_position_ids=lambda *a, **k: Qwen2_5_VLModel.get_vision_position_ids(
-            None, *a, **k
-        ),
-    )
-    positions, _ = Qwen2_5_VLModel.get_rope_index(
-        owner,
-        input_ids,
-        (input_ids == image_pad).int(),
-        image_grid_thw=grid_thw,
-        attention_mask=attention_mask,
-    )
-    return positions
 
 
 def materialize_rotary(model: nn.Module, device: torch.device | str = "cpu") -> None:

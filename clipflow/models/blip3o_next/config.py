@@ -86,6 +86,10 @@ class BLIP3oNextConfig:
         check_rules(_rules(self), "blip3o_next config")
 
     @property
+    def latent_channels(self) -> int:
+        return self.decoder.latent_channels
+
+    @property
     def latent_side(self) -> int:
         """Side of the latent grid of one native-size picture."""
         return self.dit.sample_size

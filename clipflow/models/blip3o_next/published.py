@@ -34,8 +34,6 @@ SCHEMA = Schema(
     note_prefixes=("mm_", "tune_", "freeze_", "tokenizer_", "image_aspect", "image_grid", "use_mm"),
     note_suffixes=("_path", "_lr"),
 )
-# The first id of Qwen3's special tokens; padding is never read.
-END_OF_TEXT = 151643
 # Of the published models, and in no config.json (specs sections B.1 and B.4).
 TOKENS_PER_IMAGE = 729
 LATENT_SIDE = 32
@@ -148,14 +146,15 @@ def _tokens(fields: Fields, vocab_size: int) -> TokenIds:
         )
     ends = fields.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    pad = fields.get("pad_token_id")
-    for name, found in (("eos_token_id", ends), ("pad_token_id", [] if pad is None else [pad])):
+    # Qwen3's first token, <|endoftext|>, is what rows are filled with.
+    pad = next((v for n in ("pad_token_id", "bos_token_id") if (v := fields.get(n)) is not None), 0)
+    for name, found in (("eos_token_id", ends), ("pad_token_id", [pad])):
         if not all(type(number) is int and 0 <= number < vocab_size for number in found):
             raise ValueError(
                 f"config.json: {name} must be from 0 to {vocab_size - 1}, got {shown(found)}"
             )
     return TokenIds(
-        pad=min(END_OF_TEXT, vocab_size - 1) if pad is None else pad,
+        pad=pad,
         image_start=fields.integer("image_start_tag_id"),
         image_end=fields.integer("image_end_tag_id"),
         scale=fields.integer("scale_start_token_id"),

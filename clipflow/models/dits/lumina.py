@@ -193,6 +193,12 @@ class LuminaTransformer(nn.Module):
 
         return plan_bytes(self, spec)
 
+    def quantized_bytes(self, device: torch.device) -> int:
+        """Bytes of the 8-bit weights that all plans of the fast tier on `device` share."""
+        from clipflow.models.dits.lumina_quantized import quantized_bytes
+
+        return quantized_bytes(self, device)
+
     def _through_blocks(
         self,
         hidden: Tensor,

@@ -193,6 +193,12 @@ class SanaTransformer(nn.Module):
         operands = operand_bytes(self, spec) if spec.tier == "fast" else 0
         return plan_bytes(self, spec) + operands
 
+    def quantized_bytes(self, device: torch.device) -> int:
+        """Bytes of the 8-bit weights that all plans of the fast tier on `device` share."""
+        from clipflow.models.dits.sana_quantized import quantized_bytes
+
+        return quantized_bytes(self, device)
+
     def embed_latents(self, latents: Tensor) -> Tensor:
         """Tokens [B, h*w, D] of `latents` [B, in_channels, h, w], position table included."""
         projection = self.patch_embed["proj"]

@@ -19,7 +19,13 @@ MODEL_TYPES = {
     "clipflow_unilip": "unilip",
     "clipflow_unilip_tokenizer": "unilip",
     "unilip_internvl": "unilip",
+    "clipflow_blip3o": "blip3o",
+    "blip3o_qwen": "blip3o",
+    "blip3o_qwen_inference": "blip3o",
+    "clipflow_blip3o_next": "blip3o_next",
 }
+# A field that only published BLIP3o-NEXT have; their model_type is that of others, too.
+NEXT_FIELD = "image_start_token_id"
 
 
 def family_of_folder(folder: Path) -> Family:
@@ -29,10 +35,13 @@ def family_of_folder(folder: Path) -> Family:
         InputError: config.json cannot be read or is of no family.
     """
     try:
-        found = read_config(folder).get("model_type")
+        values = read_config(folder)
     except (ValueError, OSError) as error:
         text = " ".join(str(error).split())
         raise InputError(f"{folder}: the model cannot be read: {text}") from error
+    if NEXT_FIELD in values:
+        return _family("blip3o_next")
+    found = values.get("model_type")
     if not isinstance(found, str) or found not in MODEL_TYPES:
         raise InputError(
             f"{folder}: the model cannot be read: model_type in config.json must be one of "
@@ -47,10 +56,11 @@ def family_of_model(model: nn.Module) -> Family:
     Raises:
         TypeError: it is of none.
     """
-    for module in dict.fromkeys(MODEL_TYPES.values()):
-        family = _family(module)
-        if isinstance(model, family.model_class):
-            return family
+    for cls in type(model).__mro__:
+        # By name, so that no other family has to be imported.
+        package, _, _ = cls.__module__.removeprefix("clipflow.models.").partition(".")
+        if package in MODEL_TYPES.values() and isinstance(model, _family(package).model_class):
+            return _family(package)
     raise TypeError(f"pipeline: model must be of a known family, got {type(model).__name__}")
 
 

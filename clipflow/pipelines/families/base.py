@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from clipflow.errors import InputError
 from clipflow.models.folders.loading import FolderFormat
 from clipflow.models.folders.parts import Parts
-from clipflow.pipelines.decoding import FeatureDecoding
+from clipflow.models.folders.shapes import Shape
 from clipflow.pipelines.generation_defaults import GenerationDefaults
 from clipflow.pipelines.image_io import ImageInput
 from clipflow.pipelines.image_processor import ImageProcessor
@@ -32,7 +32,8 @@ from clipflow.pipelines.output import Pictures
 from clipflow.sampling import FlowSchedule, flow_schedule
 
 if TYPE_CHECKING:
-    from clipflow.pipelines.memory_estimate import CallShape, MemoryEstimate
+    from clipflow.pipelines.memory_calls import CallShape
+    from clipflow.pipelines.memory_estimate import MemoryEstimate
     from clipflow.pipelines.parts import PipelineParts
     from clipflow.pipelines.prompts import Prompts
     from clipflow.pipelines.readers import Reader
@@ -53,11 +54,13 @@ class Family(ABC):
         folder_format: how its folders are read.
         parts: of its parameters, for counts; the diffusion transformer is "DiT".
         wide: those of `parts` that are float32 in every dtype.
+        wide_modules: the same as children of the model.
         shown_parts: those of `parts` under fewer names, for bytes.
         language, decoder: children of the model that read prompts, and that draw: what waits on
             the CPU where a model is offloaded.
         condition_parts: what conditions depend on.
         feature_parts: what the features of pictures that are asked about depend on.
+        own_options: options of calls that only some families have; see `decoding`.
         default_steps, default_solver: where neither the call nor the folder says.
     """
 
@@ -65,11 +68,13 @@ class Family(ABC):
     folder_format: ClassVar[FolderFormat]
     parts: ClassVar[Parts]
     wide: ClassVar[tuple[str, ...]]
+    wide_modules: ClassVar[tuple[str, ...]]
     shown_parts: ClassVar[Parts]
     language: ClassVar[tuple[str, ...]]
     decoder: ClassVar[tuple[str, ...]]
     condition_parts: ClassVar[tuple[str, ...]]
     feature_parts: ClassVar[tuple[str, ...]]
+    own_options: ClassVar[tuple[str, ...]] = ()
     default_steps: ClassVar[int] = 20
     default_solver: ClassVar[str] = "dpmpp_2m"
 
@@ -97,8 +102,8 @@ class Family(ABC):
         """The family's templates."""
 
     @abstractmethod
-    def reader(self, pipeline: PipelineParts) -> Reader:
-        """What reads conversations."""
+    def reader(self, pipeline: PipelineParts) -> Reader | None:
+        """What reads conversations; None where the family has none."""
 
     @abstractmethod
     def finish(self, model: nn.Module, device: torch.device) -> None:
@@ -112,21 +117,28 @@ class Family(ABC):
         """Why `model` has no `call` (a method of the pipeline); None where it has."""
         return None
 
+    def decoder_tensors(self, folder: Path) -> dict[str, tuple[Shape, torch.dtype]]:
+        """Shape and stored dtype of each tensor of a decoder that is in a folder of its own.
+
+        Raises:
+            FileNotFoundError, ValueError: it is broken, but for the values of its weights.
+        """
+        return {}
+
     def require(self, call: str, model: nn.Module) -> None:
         """Raise InputError where `model` has no `call`."""
         reason = self.cannot(call, model)
         if reason is not None:
             raise InputError(f"{call}: {reason}")
 
-    def check_decoding(self, decoding: FeatureDecoding | None, model: nn.Module) -> None:
-        """Raise InputError where `decoding` is given and the decoder has no such options."""
-        if decoding is not None:
-            raise InputError(
-                f"decoding must not be given for this {self.name}, whose decoder takes no steps"
-            )
+    def check_own(self, options: Mapping[str, object], model: nn.Module) -> None:
+        """Raise InputError where one of `options` is given and `model` has none of that name."""
+        for name, value in options.items():
+            if value is not None and name not in self.own_options:
+                raise InputError(f"{name} must not be given for {self.name}, which has none")
 
-    def image_processor(self, folder: Path | None, config: Any) -> ImageProcessor:
-        """What resizes and normalizes pictures to be edited or reconstructed."""
+    def image_processor(self, folder: Path | None, config: Any) -> ImageProcessor | None:
+        """What resizes and normalizes pictures; None where the family sees none."""
         if folder is None:
             return ImageProcessor.from_config(config)
         return ImageProcessor.from_folder(folder, config)

@@ -16,7 +16,8 @@ from clipflow.models.unilip.loading import FORMAT, materialize_rotary
 from clipflow.models.unilip.sizes import PARTS
 from clipflow.pipelines.families.base import Family
 from clipflow.pipelines.image_io import ImageInput
-from clipflow.pipelines.memory_estimate import CallShape, MemoryEstimate, unilip_estimate
+from clipflow.pipelines.memory_calls import CallShape, unilip_estimate
+from clipflow.pipelines.memory_estimate import MemoryEstimate
 from clipflow.pipelines.offload import DECODER, LANGUAGE
 from clipflow.pipelines.options import Generators, PictureSize, SamplingOptions
 from clipflow.pipelines.output import Pictures
@@ -36,6 +37,7 @@ class UniLIP(Family):
     folder_format = FORMAT
     parts = PARTS
     wide = ("clip_down", "decoder")
+    wide_modules = ("vae_decoder",)
     shown_parts: ClassVar = {
         "vision tower": ("vision tower",),
         "language model": ("language model", "lm_head"),

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipflow.models.unilip import UniLIPModel
 from clipflow.scenes import Scene
 from clipflow.scenes.world import BACKGROUND_NAMES, CANVAS, COLOR_NAMES, SHAPES
 from clipflow.training.stages.scene_data import IGNORED, SceneText
+from clipflow.training.stages.scene_prompts import feature_side
 
 COLORS = (*COLOR_NAMES, *BACKGROUND_NAMES)
 FORMS = (*SHAPES, "background")
@@ -32,9 +32,8 @@ REACH = 8  # px around an object's center, on both axes, that count as its place
 class Naming:
     """The loss, and the labels that it needs, for one model and its tokenizer."""
 
-    def __init__(self, model: UniLIPModel, text: SceneText) -> None:
-        vision = model.config.vision
-        self.side = vision.image_size // vision.patch_size // vision.shuffle
+    def __init__(self, model: nn.Module, text: SceneText) -> None:
+        self.side = feature_side(model.config)
         self.colors = torch.tensor([text.ids(word)[0] for word in COLORS])
         self.forms = torch.tensor([text.ids(word)[0] for word in FORMS])
         self.sides = torch.tensor([[text.ids(word)[0] for word in pair] for pair in SIDES])
@@ -50,7 +49,7 @@ class Naming:
                 label[np.ix_(y, x)] = COLORS.index(thing.color), FORMS.index(thing.shape)
         return torch.from_numpy(labels.reshape(len(scenes), -1, 2))
 
-    def loss(self, model: UniLIPModel, features: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of color, shape and place of `features` [B, N, H]; `labels` [B, N, 2]."""
         logits = model.head(F.rms_norm(features, features.shape[-1:])).flatten(0, 1)
         device = logits.device
@@ -78,20 +77,19 @@ class QueryNaming:
     trained by them alone drops the word; and a DiT that is not told cannot ask for it.
     """
 
-    def __init__(self, model: UniLIPModel, text: SceneText) -> None:
+    def __init__(self, model: nn.Module, text: SceneText) -> None:
         self.text, self.count = text, model.config.n_query
         self.hidden: Tensor | None = None
-        model.llm_connector.register_forward_hook(self._keep)
+        if hasattr(model, "llm_connector"):
+            model.llm_connector.register_forward_hook(self._keep)
+        else:  # the language model itself says what the DiT reads
+            model.language_model.register_forward_hook(self._keep)
 
     def labels(self, meanings: Sequence[str | None]) -> Tensor:
         """Ids of the words [B, n_query] int64; `IGNORED` after them and where there is None."""
-        labels = torch.full((len(meanings), self.count), IGNORED)
-        for label, meaning in zip(labels, meanings, strict=True):
-            words = [] if meaning is None else self.text.ids(meaning)[: self.count]
-            label[: len(words)] = torch.tensor(words, dtype=torch.long)
-        return labels
+        return word_labels(meanings, self.text, self.count)
 
-    def loss(self, model: UniLIPModel, labels: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, labels: Tensor) -> Tensor:
         """Mean cross-entropy of `labels` [B, n_query] in the connector's last forward pass."""
         if self.hidden is None:
             raise RuntimeError("query naming: the connector must run before its loss is asked")
@@ -101,5 +99,14 @@ class QueryNaming:
             return hidden.sum() * 0
         return F.cross_entropy(model.head(hidden[said]), labels[said])
 
-    def _keep(self, connector: nn.Module, args: tuple, hidden: Tensor) -> None:
-        self.hidden = hidden
+    def _keep(self, reader: nn.Module, args: tuple, given: object) -> None:
+        self.hidden = getattr(given, "last_hidden_state", given)
+
+
+def word_labels(meanings: Sequence[str | None], text: SceneText, count: int) -> Tensor:
+    """Ids of the first `count` words, [B, count] int64; `IGNORED` after them and for None."""
+    labels = torch.full((len(meanings), count), IGNORED)
+    for label, meaning in zip(labels, meanings, strict=True):
+        words = [] if meaning is None else text.ids(meaning)[:count]
+        label[: len(words)] = torch.tensor(words, dtype=torch.long)
+    return labels

@@ -11,20 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipflow.models.unilip.config import UniLIPConfig
-from clipflow.pipelines.unilip_prompts import UniLIPPrompts
+from clipflow.models.blip3o.config import BLIP3oConfig
 from clipflow.scenes import Scene, render_batch
-from clipflow.scenes.tokenizer import make_tokenizer
+from clipflow.training.stages.scene_prompts import SceneConfig, feature_side, scene_prompts
 
 IGNORED = -100
 
 
-def pixel_values(scenes: Sequence[Scene], rng: np.random.Generator, config: UniLIPConfig) -> Tensor:
+def pixel_values(scenes: Sequence[Scene], rng: np.random.Generator, config: SceneConfig) -> Tensor:
     """Rendered scenes, normalized for the vision tower: [B, 3, S, S] float32."""
     return normalize(torch.from_numpy(render_batch(scenes, rng)), config)
 
 
-def normalize(pictures: Tensor, config: UniLIPConfig) -> Tensor:
+def normalize(pictures: Tensor, config: SceneConfig) -> Tensor:
     """[B, S, S, 3] uint8 to what the vision tower reads."""
     mean, std = torch.tensor(config.image_mean), torch.tensor(config.image_std)
     values = (pictures.float() / 255 - mean) / std
@@ -34,11 +33,14 @@ def normalize(pictures: Tensor, config: UniLIPConfig) -> Tensor:
 class SceneText:
     """Token rows of prompts and conversations. Calls are cached: the world has few sentences."""
 
-    def __init__(self, config: UniLIPConfig) -> None:
-        self.prompts = UniLIPPrompts(make_tokenizer(), config)
+    def __init__(self, config: SceneConfig) -> None:
+        self.prompts = scene_prompts(config)
         self.pad = config.tokens.pad
-        question = self.prompts.question("?")
-        self._head = question[: question.index("</img>") + len("</img>")]
+        multimodal = isinstance(config, BLIP3oConfig)
+        # Where pictures have rows and columns: the id at their places, and features per side.
+        self.grid = (config.tokens.image_pad, feature_side(config)) if multimodal else None
+        question, picture = self.prompts.question("?"), self.prompts.picture()
+        self._head = question[: question.index(picture) + len(picture)]
         self.prefix = self.prompts.ids(self._head)
         self.ids = lru_cache(maxsize=200_000)(self.prompts.ids)
 
@@ -61,28 +63,31 @@ class SceneText:
 
     def plain(self, prompt: str, meaning: str) -> tuple[list[int], list[int], list[int]]:
         """One row without a picture: a prompt, answered by its meaning in the plainest words."""
-        read = self.ids(self.prompts.text_to_image(prompt).removesuffix("<img>"))
+        read = self.ids(self.prompts.text_to_image(prompt))[:-1]  # the marker of a drawn picture
         said = self.ids(meaning + "<|im_end|>")
         labels = [IGNORED] * len(read) + [*said]
         return [*read, *said], labels, [1] * len(labels)
 
 
-def pack(rows: Sequence[tuple[list[int], list[int], list[int]]], pad: int) -> dict[str, Tensor]:
+def pack(
+    rows: Sequence[tuple[list[int], list[int], list[int]]], text: SceneText
+) -> dict[str, Tensor]:
     """Pad rows on the right and build what keeps their segments apart.
 
     Returns:
-        input_ids, labels, position_ids [B, T] int64 (each segment counts on from the picture) and
-        attention_mask [B, 1, T, T] bool: causal, within a segment or to the picture.
+        input_ids, labels [B, T] int64, position_ids [B, T] (each segment counts on from the
+        picture), or [3, B, T] where pictures have rows and columns, and attention_mask
+        [B, 1, T, T] bool: causal, within a segment or to the picture.
     """
     B, T = len(rows), max(len(ids) for ids, _, _ in rows)
-    ids = np.full((B, T), pad)
+    ids = np.full((B, T), text.pad)
     labels = np.full((B, T), IGNORED)
     segments = np.full((B, T), -1)
-    positions = np.zeros((B, T), dtype=np.int64)
+    positions = np.zeros((3, B, T), dtype=np.int64)
     for row, (row_ids, row_labels, row_segments) in enumerate(rows):
         n = len(row_ids)
         ids[row, :n], labels[row, :n], segments[row, :n] = row_ids, row_labels, row_segments
-        positions[row, :n] = _positions(segments[row, :n])
+        positions[:, row, :n] = _positions(ids[row, :n], segments[row, :n], text.grid)
     same = segments[:, :, None] == segments[:, None, :]
     picture = (segments == 0)[:, None, :]
     causal = np.tril(np.ones((T, T), dtype=bool))
@@ -90,14 +95,39 @@ def pack(rows: Sequence[tuple[list[int], list[int], list[int]]], pad: int) -> di
     return {
         "input_ids": torch.from_numpy(ids),
         "labels": torch.from_numpy(labels),
-        "position_ids": torch.from_numpy(positions),
+        "position_ids": torch.from_numpy(positions if text.grid else positions[0]),
         "attention_mask": mask[:, None],
     }
 
 
-def _positions(segments: np.ndarray) -> np.ndarray:
+def left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask [B, T] of token rows, padded on the left."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def _positions(ids: np.ndarray, segments: np.ndarray, grid: tuple[int, int] | None) -> np.ndarray:
+    """[3, n]: of time, row and column; each segment counts on from the picture's."""
     picture = int((segments == 0).sum())
+    first = _picture_positions(ids[:picture], grid)
     starts = np.flatnonzero(np.diff(segments, prepend=segments[0] - 1))
     lengths = np.diff(np.append(starts, len(segments)))
     counted = np.arange(len(segments)) - np.repeat(starts, lengths)
-    return counted + np.where(segments == 0, 0, picture)
+    following = counted[picture:] + (int(first.max()) + 1 if picture else 0)
+    return np.concatenate([first, np.broadcast_to(following, (3, len(following)))], axis=1)
+
+
+def _picture_positions(ids: np.ndarray, grid: tuple[int, int] | None) -> np.ndarray:
+    """[3, n] of text around one picture: plain, or with rows and columns as Qwen2.5-VL's."""
+    plain = np.broadcast_to(np.arange(len(ids)), (3, len(ids)))
+    if grid is None or not len(ids):
+        return plain
+    pad, side = grid
+    begin = int(np.flatnonzero(ids == pad)[0])
+    after = np.arange(len(ids) - begin - side**2) + begin + side
+    rows, columns = np.divmod(np.arange(side**2), side)
+    places = begin + np.stack([np.zeros_like(rows), rows, columns])
+    after = np.broadcast_to(after, (3, len(after)))
+    return np.concatenate([plain[:, :begin], places, after], axis=1)

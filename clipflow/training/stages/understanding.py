@@ -1,4 +1,4 @@
-"""Recipe 1: vision tower, projector and LM learn to answer questions about pictures.
+"""Understanding: vision tower, projector and LM learn to answer questions about pictures.
 
 Next-token loss on answers only. All questions about one picture share its tokens: they lie in one
 row, apart from each other by the attention mask. Rows without a picture teach the LM what prompts
@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipflow.models.unilip import UniLIPModel
 from clipflow.scenes import (
     QUESTION_KINDS,
     make_prompt,
@@ -27,6 +26,7 @@ from clipflow.scenes import (
 from clipflow.scenes.prompts import TAGS
 from clipflow.training.recipe import Recipe
 from clipflow.training.stages.naming import Naming
+from clipflow.training.stages.query_lessons import QueryLessons
 from clipflow.training.stages.scene_data import IGNORED, SceneText, pack, pixel_values
 
 PLAIN_TAGS = (*TAGS, "reasoning", "reasoning", "position")
@@ -37,12 +37,11 @@ class Understanding:
 
     `questions`: per picture; `kinds`: how often each kind is asked, 1 where not named.
     `relations`: lessons of `sample_relation` per picture. `plain_rows`: rows without a picture, per
-    batch. `naming`: weight of the dense naming loss.
+    batch. `naming`: weight of the dense naming loss. `queries`: [prompts, edits] after which the
+    queries are taught what to say, per batch; `queries_weight` of that loss.
     """
 
-    def setup(
-        self, model: UniLIPModel, recipe: Recipe, workdir: Path, device: torch.device
-    ) -> None:
+    def setup(self, model: nn.Module, recipe: Recipe, workdir: Path, device: torch.device) -> None:
         self.model, self.recipe, self.device = model, recipe, device
         self.text = SceneText(model.config)
         self.images_per_batch = recipe.batch_size
@@ -53,6 +52,9 @@ class Understanding:
         self.kinds = np.cumsum(often) / sum(often)
         self.naming_weight = recipe.options.get("naming", 0.5)
         self.naming = Naming(model, self.text)
+        self.query_rows = recipe.options.get("queries")
+        self.query_weight = recipe.options.get("queries_weight", 1.0)
+        self.query_lessons = QueryLessons(model, self.text)
 
     def batch(self, step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self.recipe.seed, 1, step])
@@ -78,8 +80,9 @@ class Understanding:
         return {
             "pixel_values": pixel_values(scenes, rng, self.model.config),
             "names": self.naming.labels(scenes),
-            "seen": pack(rows, self.text.pad),
-            "plain": pack(plain, self.text.pad) if plain else None,
+            "seen": pack(rows, self.text),
+            "plain": pack(plain, self.text) if plain else None,
+            "queries": self.query_lessons.batch(rng, *self.query_rows) if self.query_rows else None,
         }
 
     def _kind(self, share: float) -> str:
@@ -89,18 +92,24 @@ class Understanding:
     def loss(self, batch: dict, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         features = self.model.encode_image(batch["pixel_values"].to(self.device))
         seen = answer_loss(self.model, batch["seen"], features, self.device)
-        names = self.naming.loss(self.model, features, batch["names"].to(self.device))
-        loss = seen + self.naming_weight * names
-        metrics = {"seen": seen.detach(), "names": names.detach()}
+        loss, metrics = seen, {"seen": seen.detach()}
+        if self.naming_weight:
+            names = self.naming.loss(self.model, features, batch["names"].to(self.device))
+            loss = loss + self.naming_weight * names
+            metrics["names"] = names.detach()
         if batch["plain"] is not None:
             plain = answer_loss(self.model, batch["plain"], None, self.device)
             loss = loss + 0.25 * plain
             metrics["plain"] = plain.detach()
+        if batch["queries"] is not None:
+            queries = self.query_lessons.loss(self.model, batch["queries"], self.device)
+            loss = loss + self.query_weight * queries
+            metrics["queries"] = queries.detach()
         return loss, metrics
 
 
 def answer_loss(
-    model: UniLIPModel, packed: dict[str, Tensor], features: Tensor | None, device: torch.device
+    model: nn.Module, packed: dict[str, Tensor], features: Tensor | None, device: torch.device
 ) -> Tensor:
     """Mean cross-entropy of the labeled tokens of packed rows."""
     packed = {name: tensor.to(device) for name, tensor in packed.items()}

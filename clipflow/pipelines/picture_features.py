@@ -1,10 +1,10 @@
-"""CLIP features of the tiles that the language model reads; those of the last ones are kept.
+"""Features of the pictures that the language model reads; those of the last ones are kept.
 
 The vision tower is most of the work of a question, and the same pictures come again in every turn
 of a conversation.
 """
 
-# Shape suffixes: P = tiles, N = image tokens of one, H = LM width.
+# Shape suffixes: N = image tokens of a picture, H = LM width.
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from torch import Tensor, nn
 
 from clipflow.pipelines.conditions import ConditionCache
 from clipflow.pipelines.offload import LANGUAGE, Offload
-from clipflow.pipelines.tiling import TileSet
+from clipflow.pipelines.picture_sets import PictureSet
 from clipflow.sampling.weights import WeightsWatch
 
 MAX_BYTES = 64 * 2**20
-PIXELS_AT_ONCE = 8 * 448**2  # through the vision tower
 
 
-class TileEncoder:
-    """Encodes tiles, through a cache that forgets when the weights change (as `WeightsWatch`).
+class PictureEncoder:
+    """Encodes pictures, through a cache that forgets when the weights change (as `WeightsWatch`).
 
     Attributes:
-        cache: features of the tiles used last, [N, H] each.
+        cache: features of the pictures used last, [N, H] each.
     """
 
     def __init__(self, model: nn.Module, offload: Offload, parts: Sequence[str]) -> None:
@@ -38,23 +37,21 @@ class TileEncoder:
         self._state = self._watch.state()  # stands for the weights as they are
 
     @torch.no_grad()
-    def encode(self, tiles: TileSet) -> Tensor:
-        """Features [P, N, H] of `tiles`, of which there must be one; some are encoded at a time."""
-        weights, processor = self._weights(), tiles.processor
-        keys = [(*weights, processor, digest) for digest in tiles.digests]
+    def encode(self, pictures: PictureSet) -> list[Tensor]:
+        """Features [N, H] of each of `pictures`; some are encoded at a time."""
+        weights, processor = self._weights(), pictures.processor
+        keys = [(*weights, processor, digest) for digest in pictures.digests]
         found = [self.cache.get(key) for key in keys]
         missing = [place for place, features in enumerate(found) if features is None]
-        some = max(1, PIXELS_AT_ONCE // processor.size**2)
         with self._offload.running(LANGUAGE):
-            for start in range(0, len(missing), some):
-                places = missing[start : start + some]
-                pixels = processor([tiles.tiles[place] for place in places])
-                new = self._model.encode_image(pixels.to(self._model.device, self._model.dtype))
+            for start in range(0, len(missing), pictures.at_once):
+                places = missing[start : start + pictures.at_once]
+                new = pictures.features(self._model, places)
                 for place, features in zip(places, new, strict=True):
                     found[place] = features.clone()  # a view would keep all of them
                     self.cache.put(keys[place], found[place])
         # Offloading changes the device and not the weights.
-        return torch.stack([features.to(self._model.device) for features in found])
+        return [features.to(self._model.device) for features in found]
 
     def _weights(self) -> tuple[Hashable, ...]:
         """Names the state of the weights, and the autocast dtype; drops what older ones made."""

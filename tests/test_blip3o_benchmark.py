@@ -1,0 +1,42 @@
+"""The restated first stage ends where ours does; its race is reported. No times here."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.blip3o_models import Stage, dit_config, step_work
+from benchmarks.blip3o_race import race
+from benchmarks.report_blip3o import blip3o_section
+
+
+@pytest.fixture(scope="module")
+def result():
+    return race(Stage.random("tiny", blocks=1), steps=2, rounds=2, pictures=2)
+
+
+def test_the_reference_ends_at_the_same_latents(result):
+    assert result["wrong"] == []
+    errors = {(row["race"], row["name"]): row["error"] for row in result["rows"]}
+    for name in ("one", "four"):
+        assert errors[name, "faithful"] < 1e-5 and errors[name, "fast"] < 0.1
+        assert errors[name, "reference"] is None
+
+
+def test_section_shows_every_figure(result):
+    whole = {
+        **result, "size": "tiny", "ceilings": {"gemm_gflop_per_s": 160.0, "copy_gb_per_s": 20.0},
+    }  # fmt: skip
+    text = blip3o_section(whole)
+    assert text.count("| reference |") == text.count("| fast |") == 2
+    assert "2 pictures, from their prompt" in text and "160 GFLOP/s, 20.0 GB/s" in text
+    assert "**Wrong:** all" in blip3o_section({**whole, "rows": [], "wrong": ["all"]})
+
+
+def test_work_of_a_step():
+    """76.6 GMAC a sample (specs section A.16), less 13 to 14 % that does not change."""
+    work = step_work(dit_config("4b", blocks=24), tokens=64, rows=1)
+    assert work["gflop"] / 2 == pytest.approx(76.6 * 0.865, rel=0.02)
+    assert work["weights_gb"] == pytest.approx(4.07, rel=0.01)
