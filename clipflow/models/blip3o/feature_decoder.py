@@ -122,10 +122,10 @@ class FeatureDecoder(DCAEDecoder):
         return load_model(cls, folder, _FORMAT, device=device)
 
     @classmethod
-    def meta(cls, folder: str | Path) -> Weights:
-        """The weights in a folder, by their headers; raises as `from_folder`."""
-        _, weights, _ = open_model(cls, folder, _FORMAT)
-        return weights
+    def meta(cls, folder: str | Path) -> tuple[FeatureDecoder, Weights]:
+        """The decoder in a folder on the meta device, and its weights; raises as `from_folder`."""
+        model, weights, _ = open_model(cls, folder, _FORMAT)
+        return model, weights
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `from_folder` reads; see `save_folder` for what it promises."""
