@@ -1,5 +1,6 @@
 """BLIP3o-NEXT's image tokens: drawn as transformers would, read once, the same in any batch."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -9,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from clipflow.errors import InputError, ShapeError
 from clipflow.models.blip3o_next import BLIP3oNextModel, image_tokens
 from clipflow.models.blip3o_next.image_tokens import TokenDraw, draw_image_tokens
+from clipflow.models.blip3o_next.loading import materialize_rotary
 from clipflow.models.blip3o_next.token_steps import FixedSteps
 from clipflow.models.language.kept_keys import KeptKeys
 from clipflow.models.language.layers import rope_table
@@ -170,6 +172,21 @@ def test_steps_of_one_kind_draw_the_same(model, any_token, monkeypatch):
     found = draw(model, ids, mask, sampling=sampling, allow_any_token=any_token)
     assert torch.equal(found.tokens, wanted.tokens) and torch.equal(found.mask, wanted.mask)
     torch.testing.assert_close(found.hidden, wanted.hidden, atol=2e-6, rtol=2e-5)
+
+
+@torch.no_grad()
+def test_bfloat16(model):
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    materialize_rotary(half)
+    ids, mask = rows(model, prompt(model, 7, 8, 9), prompt(model, 5))
+    found = draw(half, ids, mask, sampling=TokenSampling(temperature=1.0))
+    assert found.hidden.dtype == torch.bfloat16
+    for row, length in enumerate(mask.sum(-1).tolist()):
+        whole = torch.cat([ids[row, -length:], found.tokens[row]])[None]
+        wanted = states_of(model, whole)[0, length - 1 :]
+        error = (found.hidden[row].float() - wanted).norm() / wanted.norm()
+        assert error < 2e-2
+    assert half.encode_condition(ids, mask).hidden.dtype == torch.bfloat16
 
 
 def test_progress(model):

@@ -78,7 +78,7 @@ def test_tokenizers_agree_on_the_words_of_the_world():
 def test_positions_of_packed_rows_are_the_models(model, text):
     packed = pack([text.conversation([("what colour is the circle?", "red")])], text)
     ids = packed["input_ids"]
-    wanted = model.positions(ids, torch.ones_like(ids), torch.tensor([[1, 8, 8]]))
+    wanted = model.positions(ids, torch.ones_like(ids), [(8, 8)])
     assert torch.equal(packed["position_ids"], wanted)
 
 

@@ -8,7 +8,7 @@ from clipflow.models.blip3o.config import TokenIds
 from clipflow.models.blip3o.model import BLIP3oModel
 from clipflow.models.blip3o.scenes import scenes_model
 from clipflow.scenes.tokenizer import PAD, make_blip3o_tokenizer, make_tokenizer
-from clipflow.training.inheritance import inherit
+from clipflow.training.inheritance import inherit, inherit_decoder
 from clipflow.training.teacher import load_teacher
 
 
@@ -30,5 +30,7 @@ def untrained(seed: int = 0) -> BLIP3oModel:
     """The model that the recipes start from; the same for the same seed."""
     tokenizer = make_blip3o_tokenizer()
     model = scenes_model(len(tokenizer), token_ids(tokenizer), seed)
-    inherit(model, tokenizer, load_teacher(), make_tokenizer())
+    teacher = load_teacher()
+    inherit(model, tokenizer, teacher, make_tokenizer())
+    model.decoder = inherit_decoder(teacher, model.config)
     return model
