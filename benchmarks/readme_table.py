@@ -58,6 +58,8 @@ def speed(results: list[Result]) -> str:
         parts.append(sampling_part(found["sampling"]))
     if "unilip" in found:
         parts.append(unilip_part(found["unilip"]))
+    if "blip3o" in found:
+        parts.append(blip3o_part(found["blip3o"]))
     parts.append(closing_part(ops, startup, on_gpu=any(on_gpu(r) for r in results)))
     return "\n".join(parts)
 
@@ -135,6 +137,25 @@ def unilip_part(unilip: Result) -> str:
         f"transformers and diffusers in float32, {fast:.1f} times in int8."
     )
     return filled(text) + "\n"
+
+
+def blip3o_part(blip3o: Result) -> str:
+    """Sampling of CLIP features against the reference's loop."""
+    one, four = ([ratio_of(blip3o, race, tier) for tier in TIERS] for race in ("one", "four"))
+    text = (
+        f"The CLIP features of a picture ({blip3o['steps']} steps, "
+        f"BLIP3-o-{blip3o['size'].upper()} with {blip3o['blocks']} blocks, `clipflow bench "
+        f"blip3o`): {one[0]:.1f} times as fast as by BLIP3-o's own loop, in int8 {one[1]:.1f} "
+        f"times; of {blip3o['pictures']} pictures of a prompt {four[0]:.1f} and {four[1]:.1f} "
+        "times."
+    )
+    return filled(text) + "\n"
+
+
+def ratio_of(blip3o: Result, race: str, tier: str) -> float:
+    """How many times faster than the reference `tier` was."""
+    (row,) = (r for r in blip3o["rows"] if (r["race"], r["name"]) == (race, tier))
+    return row["times_faster"]["value"]
 
 
 def blocks_of(sampling: Result, what: str, model: str) -> int:

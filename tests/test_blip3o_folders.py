@@ -1,5 +1,6 @@
 """Folders of BLIP3-o: the published form in its variants, our own, and what is refused."""
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -13,6 +14,8 @@ from clipflow.cli.main import main as clipflow
 from clipflow.errors import InputError
 from clipflow.models.blip3o import BLIP3oConfig, BLIP3oModel, blip3o_config
 from clipflow.models.blip3o.keys import map_names
+from clipflow.models.blip3o.sizes import parameter_counts
+from clipflow.pipelines.loading import summarize_folder
 from clipflow.pipelines.tokenizer_files import read_tokenizer
 from clipflow.testing import write_blip3o_folder
 from clipflow.testing.__main__ import main as write
@@ -49,7 +52,7 @@ def assert_same(found, wanted):
 
 
 def test_a_published_folder(model, folder):
-    assert model.config == blip3o_config("tiny")
+    assert model.config == dataclasses.replace(blip3o_config("tiny"), output_size=128)
     assert model.dtype == torch.bfloat16 and model.device == torch.device("cpu")
     assert not model.training and not model.decoder.training
     rotary = (model.language_model.rotary_emb, model.visual.rotary_pos_emb)
@@ -91,7 +94,7 @@ def test_what_is_saved_is_loaded(model, tmp_path):
         {"tied_head": True},
         {"changes": {"text_config": {"rope_theta": 1e6}, "rope_scaling": None}},
         {"changes": {"vision_config": {"fullatt_block_indexes": [1]}, "pad_token_id": None}},
-        {"changes": {"vocab_size": 384}},
+        {"changes": {"vocab_size": 384, "edits": False}},
     ],
 )
 def test_variants(plain, tmp_path, options):
@@ -162,6 +165,7 @@ def test_pickled_shards_are_converted(plain, tmp_path):
 
 FIELDS = {
     "model_type": ("llama", None),
+    "edits": ("yes", 1.5),
     "hidden_size": (65, "64", 10**12),
     "num_attention_heads": (3, 0),
     "num_key_value_heads": (3, 4),
@@ -275,3 +279,13 @@ def check_refused(folder: Path) -> str:
     text = str(caught.value)
     assert "\n" not in text and len(text) < 2500, text
     return text
+
+
+def test_what_the_headers_say(folder, plain, model):
+    """Of the decoder, too, whose dtype does not decide that of the model."""
+    summary, without = summarize_folder(folder), summarize_folder(plain)
+    assert summary.counts == parameter_counts(model)
+    assert summary.counts["decoder"] > 0 == without.counts["decoder"]
+    assert summary.skipped == {"gen_vision_tower": 1} and without.skipped == {}
+    assert summary.dtypes["decoder"] == {torch.bfloat16: summary.counts["decoder"]}
+    assert summary.dtype == torch.bfloat16

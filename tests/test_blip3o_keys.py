@@ -23,7 +23,7 @@ COUNTS = {  # specs section A.1
         "lm_head": 0,
         "queries": 64 * 2048,
         "DiT": 1_362_257_824,
-        "EVA tower": 0,
+        "CLIP target": 0,
         "decoder": 0,
     },
     "8b": {
@@ -32,7 +32,7 @@ COUNTS = {  # specs section A.1
         "lm_head": 543_578_112,
         "queries": 64 * 3584,
         "DiT": 1_365_010_336,
-        "EVA tower": 0,
+        "CLIP target": 0,
         "decoder": 0,
     },
 }

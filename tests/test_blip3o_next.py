@@ -1,14 +1,19 @@
 """BLIP3o-NEXT's image tokens: drawn as transformers would, read once, the same in any batch."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
-from clipflow.models.blip3o_next.prompts import generation_prompt
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from clipflow.errors import InputError, ShapeError
-from clipflow.models.blip3o_next import BLIP3oNextModel
+from clipflow.models.blip3o_next import BLIP3oNextModel, image_tokens
 from clipflow.models.blip3o_next.image_tokens import TokenDraw, draw_image_tokens
+from clipflow.models.blip3o_next.loading import materialize_rotary
+from clipflow.models.blip3o_next.token_steps import FixedSteps
+from clipflow.models.language.kept_keys import KeptKeys
+from clipflow.models.language.layers import rope_table
 from clipflow.models.language.token_sampling import TokenSampling, row_dice
 from clipflow.testing import next_config
 from clipflow.testing.random_weights import RandomWeights
@@ -133,6 +138,57 @@ def test_generators(model):
         condition(1, 2, 3)
 
 
+def test_a_step_is_one_program(model):
+    """What a CUDA graph would replay, traced once: nothing on the host decides about a step."""
+    ids, mask = rows(model, prompt(model, 7, 8, 9), prompt(model, 5))
+    found = draw(model, ids, mask, sampling=TokenSampling(temperature=1.0))
+    ids = ids.gather(1, mask.argsort(dim=-1, descending=True, stable=True))
+    lm, T = model.language_model, ids.shape[1]
+    table = rope_table(lm.rotary_emb, torch.arange(T + COUNT))
+    kept = KeptKeys(lm)
+    with torch.no_grad():
+        prompts = tuple(part[:T] for part in table)
+        kept.begin(lm.embed_tokens(ids), prompts, room=COUNT, lengths=mask.sum(-1))
+        steps = FixedSteps(model, kept, table, any_token=False)
+        traced = make_fx(lambda: steps._write(0))()
+        kept.lengths.copy_(mask.sum(-1))
+        called = {str(node.target) for node in traced.graph.nodes if node.op == "call_function"}
+        assert not [name for name in called if "local_scalar" in name or "nonzero" in name]
+        for place in range(COUNT):
+            steps._tokens.copy_(found.tokens[:, place])
+            traced()
+            wanted = found.hidden[:, 1 + place]
+            torch.testing.assert_close(steps._states, wanted, atol=2e-6, rtol=2e-5)
+    wanted = model.image_logits(found.hidden[:, -1])
+    torch.testing.assert_close(steps._logits, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("any_token", [False, True])
+def test_steps_of_one_kind_draw_the_same(model, any_token, monkeypatch):
+    ids, mask = rows(model, prompt(model, 7, 8, 9), prompt(model, 5))
+    sampling = TokenSampling(temperature=1.0, top_k=50)
+    wanted = draw(model, ids, mask, sampling=sampling, allow_any_token=any_token)
+    monkeypatch.setattr(image_tokens, "takes_fixed_steps", lambda device: True)
+    found = draw(model, ids, mask, sampling=sampling, allow_any_token=any_token)
+    assert torch.equal(found.tokens, wanted.tokens) and torch.equal(found.mask, wanted.mask)
+    torch.testing.assert_close(found.hidden, wanted.hidden, atol=2e-6, rtol=2e-5)
+
+
+@torch.no_grad()
+def test_bfloat16(model):
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    materialize_rotary(half)
+    ids, mask = rows(model, prompt(model, 7, 8, 9), prompt(model, 5))
+    found = draw(half, ids, mask, sampling=TokenSampling(temperature=1.0))
+    assert found.hidden.dtype == torch.bfloat16
+    for row, length in enumerate(mask.sum(-1).tolist()):
+        whole = torch.cat([ids[row, -length:], found.tokens[row]])[None]
+        wanted = states_of(model, whole)[0, length - 1 :]
+        error = (found.hidden[row].float() - wanted).norm() / wanted.norm()
+        assert error < 2e-2
+    assert half.encode_condition(ids, mask).hidden.dtype == torch.bfloat16
+
+
 def test_progress(model):
     steps = []
     model.encode_condition(*rows(model, prompt(model, 1)), progress=steps.append)
@@ -184,11 +240,3 @@ def test_refusals(model):
         model.encode_condition(ids, mask)
     with pytest.raises(InputError, match="TA-Tok"):
         model.encode_image(torch.zeros(1, 3, 8, 8))
-
-
-def test_the_prompt():
-    assert generation_prompt("a cat", "You are a helpful assistant.") == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        "<|im_start|>user\nPlease generate image based on the following caption: a cat<|im_end|>\n"
-        "<|im_start|>assistant\n<im_start><S0>"
-    )

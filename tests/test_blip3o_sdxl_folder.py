@@ -187,6 +187,15 @@ SETTINGS = [
     ("unet/config.json", {"layers_per_block": 2}, "must hold the model's parameters, got"),
     ("vae/config.json", {"latent_channels": 8}, "latent_channels 4 as the UNet, got 8"),
     ("vae/config.json", {"scaling_factor": 0}, "scaling_factor above 0, got 0"),
+    ("vae/config.json", {"norm_num_groups": True}, "norm_num_groups above 0, got True"),
+    ("unet/config.json", {"norm_eps": "small"}, "norm_eps above 0, got 'small'"),
+    (
+        "unet/config.json",
+        {"attention_head_dim": [1, -1]},
+        r"head_dim above 0, got \[1, -",
+    ),
+    ("unet/config.json", {"freq_shift": "linear"}, "must have a freq_shift, got 'linear'"),
+    ("unet/config.json", {"downsample_padding": 2}, "downsample_padding 1, got 2"),
     ("vae/config.json", {"shift_factor": 0.5}, "shift_factor None, got 0.5"),
     (
         "vae/config.json",
@@ -203,6 +212,7 @@ SETTINGS = [
     ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "from 1 to 100000, got 0"),
     ("scheduler/scheduler_config.json", {"steps_offset": 1000}, "below 1000, got 1000"),
     ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, "1000 trained_betas, got 1"),
+    ("scheduler/scheduler_config.json", {"trained_betas": []}, "1000 trained_betas, got 0"),
     ("scheduler/scheduler_config.json", {"use_karras_sigmas": "no"}, "true or false, got"),
     (
         "scheduler/scheduler_config.json",

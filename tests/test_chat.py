@@ -136,6 +136,8 @@ BAD_OPTIONS = [
     ({"temperature": float("inf")}, "temperature must be a number, got inf"),
     ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
     ({"top_p": "1"}, "top_p must be a number, got '1'"),
+    ({"repetition_penalty": 0}, "repetition_penalty must be above 0, got 0"),
+    ({"repetition_penalty": "1"}, "repetition_penalty must be a number, got '1'"),
     ({"top_k": 2.0}, "top_k must be a whole number of at least 0, got 2.0"),
     ({"stop": ""}, "stop must be a text that is not empty, or a list of them, got ''"),
     ({"stop": [3]}, "stop must be"),
@@ -343,6 +345,21 @@ def test_a_folder_may_name_tokens_that_end_answers(pipe, tmp_path):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": bad}))
         with pytest.raises(InputError, match="eos_token_id must be whole numbers below"):
             GenerationDefaults.from_folder(tmp_path, config)
+
+
+def test_a_folder_may_name_the_penalty_of_repetition(pipe, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.3}))
+    other = tiny_chat(system=SYSTEM)
+    other.defaults = GenerationDefaults.from_folder(tmp_path, pipe.model.config)
+    (tmp_path / "generation_config.json").write_text(other.defaults.to_json())
+    assert GenerationDefaults.from_folder(tmp_path, pipe.model.config) == other.defaults
+    options = {"max_new_tokens": 12}
+    wanted = pipe.chat(BATCH[1], repetition_penalty=1.3, **options)
+    assert other.chat(BATCH[1], **options) == wanted != pipe.chat(BATCH[1], **options)
+    assert other.chat(BATCH[1], repetition_penalty=1, **options) == pipe.chat(BATCH[1], **options)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"repetition_penalty": "a"}))
+    with pytest.raises(InputError, match="repetition_penalty must be a number"):
+        GenerationDefaults.from_folder(tmp_path, pipe.model.config)
 
 
 def test_the_longest_answer_of_a_model_that_does_not_say(pipe):

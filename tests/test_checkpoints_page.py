@@ -11,7 +11,12 @@ from clipflow.testing import __main__ as testing
 from clipflow.testing import write_unilip_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-TITLE = "Use a published checkpoint"
+# Page -> the title whose section is run.
+TITLES = {
+    "docs/checkpoints.md": "Use a published checkpoint",
+    "README.md": "Use a published checkpoint",
+    "docs/blip3o.md": "BLIP3-o and BLIP3o-NEXT",
+}
 FENCE = re.compile(r"^```(python|sh)\n(.*?)^```", re.M | re.S)
 FOLDER = re.compile(r"\bUniLIP-(?:tiny|1B|3B)\b")
 
@@ -19,7 +24,7 @@ FOLDER = re.compile(r"\bUniLIP-(?:tiny|1B|3B)\b")
 def sections():
     """Page -> its text below that title, up to the next title that is not below it."""
     found = {}
-    for page in ("docs/checkpoints.md", "README.md"):
+    for page, wanted in TITLES.items():
         inside, level, is_code = [], 0, False
         for line in (ROOT / page).read_text().splitlines(keepends=True):
             is_code ^= line.startswith("```")
@@ -28,15 +33,15 @@ def sections():
                 break
             if level:
                 inside.append(line)
-            elif title and title[2] == TITLE:
+            elif title and title[2] == wanted:
                 level = len(title[1])
         if level:
             found[page] = "".join(inside)
     return found
 
 
-def test_the_page_is_there():
-    assert "docs/checkpoints.md" in sections()
+def test_the_pages_are_there():
+    assert list(sections()) == list(TITLES)
 
 
 @pytest.mark.parametrize("page", sections())

@@ -10,6 +10,7 @@ from tiny_qwen import SPECIAL, qwen_tokenizer, tiny_qwen, transformers_qwen
 from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
 from clipflow.models.language.reading import Reading
+from clipflow.pipelines import CLIPFlowPipeline
 from clipflow.pipelines.blip3o_prompts import BLIP3oPrompts
 from clipflow.pipelines.conversation import conversations_of
 from clipflow.pipelines.qwen_pictures import QwenImageProcessor, WholeSet
@@ -115,7 +116,7 @@ def near(found, wanted):
 
 
 @torch.no_grad()
-def generated(theirs, inputs):
+def generated(theirs, inputs, **options):
     """(new tokens of each row up to the end, logits of each step [B, V])."""
     pad, end = (qwen_tokenizer().convert_tokens_to_ids(SPECIAL[i]) for i in (0, 2))
     output = theirs.generate(
@@ -126,6 +127,7 @@ def generated(theirs, inputs):
         pad_token_id=pad,
         output_logits=True,
         return_dict_in_generate=True,
+        **options,
     )
     rows = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
     return [row[: row.index(end)] if end in row else row for row in rows], output.logits
@@ -182,6 +184,20 @@ def test_logits_of_the_whole_prompts_are_theirs(model, theirs, processor):
     found = model.logits(ids, mask, features, [pictures.grids[place] for place in order])
     real = mask.bool()
     near(found[real], theirs(**inputs).logits[real])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_repeated_tokens_are_as_unlikely_as_theirs(model, theirs, processor, penalty):
+    pipe = CLIPFlowPipeline(model, qwen_tokenizer())
+    for messages in CONVERSATIONS.values():
+        inputs = processed(processor, [messages])
+        (wanted,), _ = generated(theirs, inputs, repetition_penalty=penalty)
+        answer = pipe.chat(messages, max_new_tokens=NEW_TOKENS, repetition_penalty=penalty)
+        assert answer == pipe.tokenizer.decode(wanted, skip_special_tokens=True).strip()
+    batch = list(CONVERSATIONS.values())
+    together = pipe.chat(batch, max_new_tokens=NEW_TOKENS, repetition_penalty=penalty)
+    assert together[-1] == answer and together != pipe.chat(batch, max_new_tokens=NEW_TOKENS)
 
 
 def test_positions_are_theirs_wherever_pictures_are(model, theirs):

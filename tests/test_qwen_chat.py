@@ -1,6 +1,7 @@
 """Calls of a pipeline that end in Qwen2.5-VL: streams, seeds, labels, pictures of any shape."""
 
-from types import SimpleNamespace
+import io
+import json
 
 import pytest
 import torch
@@ -8,15 +9,11 @@ from PIL import Image
 from tiny_chat import noise_picture, said, tiny_chat, user
 from tiny_qwen import qwen_tokenizer, tiny_qwen, transformers_qwen
 
+from clipflow.cli import main
 from clipflow.errors import InputError
-from clipflow.pipelines import readers
-from clipflow.pipelines.blip3o_prompts import BLIP3oPrompts
-from clipflow.pipelines.generation_defaults import GenerationDefaults
-from clipflow.pipelines.language import LanguageCalls
-from clipflow.pipelines.offload import DECODER, LANGUAGE, Offload
+from clipflow.pipelines import CLIPFlowPipeline, readers
 from clipflow.pipelines.prompts import LABEL_QUESTION
-from clipflow.pipelines.qwen_pictures import QwenImageProcessor
-from clipflow.pipelines.readers import WholeReader
+from clipflow.testing import write_blip3o_folder
 
 WIDE, TALL, SMALL = (
     noise_picture(seed, size) for seed, size in enumerate([(170, 60), (60, 170), (60, 50)])
@@ -29,20 +26,9 @@ BATCH = [
 OPTIONS = {"max_new_tokens": 8, "temperature": 1.5, "top_k": 50}
 
 
-class Pipe(LanguageCalls):
-    def __init__(self, model):
-        self.family = SimpleNamespace(feature_parts=("visual",), require=lambda *_: None)
-        self.model, self.tokenizer = model, qwen_tokenizer()
-        self.prompts = BLIP3oPrompts(self.tokenizer, model.config)
-        self.image_processor = QwenImageProcessor.from_config(model.config)
-        self.defaults = GenerationDefaults.from_folder(None, model.config)
-        self.offload = Offload(model, {LANGUAGE: ("visual", "language_model"), DECODER: ()})
-        self.reader = WholeReader(self)
-
-
 @pytest.fixture
 def pipe():
-    return Pipe(tiny_qwen())
+    return CLIPFlowPipeline(tiny_qwen(), qwen_tokenizer())
 
 
 def dice(*seeds):
@@ -90,7 +76,8 @@ def test_ask_is_a_chat_of_one_question(pipe):
 
 
 def test_half_precision():
-    answers = Pipe(tiny_qwen().to(torch.bfloat16)).chat(BATCH, generator=dice(0, 1, 2), **OPTIONS)
+    pipe = CLIPFlowPipeline(tiny_qwen(), qwen_tokenizer()).to(torch.bfloat16)
+    answers = pipe.chat(BATCH, generator=dice(0, 1, 2), **OPTIONS)
     assert all(isinstance(answer, str) for answer in answers) and any(answers)
 
 
@@ -231,3 +218,37 @@ def test_requests_for_pictures(pipe):
     assert prompts.text_to_image(None) == " [IMG]"
     assert prompts.edit("make it red") == f"{begin}{place}make it red{end}"
     assert prompts.edit(None) == f"{begin}{place}Please reconstruct the given image.{end}"
+
+
+def test_folders_through_commands(tmp_path, capsys, monkeypatch):
+    """A published folder, and the one that the pipeline writes of it."""
+    folder = write_blip3o_folder(tmp_path / "published", decoder=False, dtype=torch.float32)
+    loaded = CLIPFlowPipeline.from_pretrained(folder)
+    assert loaded.defaults.repetition_penalty == 1.05
+    assert loaded.image_processor.max_pixels == 12845056
+    (tmp_path / "own").mkdir()
+    loaded.save_pretrained(tmp_path / "own")
+    WIDE.save(tmp_path / "wide.png")
+    SMALL.save(tmp_path / "small.png")
+    wide, small = str(tmp_path / "wide.png"), str(tmp_path / "small.png")
+    asked = [user(WIDE, SMALL, "which?")]
+    first = loaded.chat([user(WIDE, "hi")], max_new_tokens=4)
+    turns = [user(WIDE, "hi"), *([said("assistant", first)] if first else []), said("user", "so?")]
+    chatted = [first, loaded.chat(turns, max_new_tokens=4)]
+    for model in (folder, tmp_path / "own"):
+
+        def run(*command, model=model):
+            assert main([*command, "--model", str(model)]) == 0
+            return capsys.readouterr().out
+
+        limit = ["--max-new-tokens", "4"]
+        assert run("ask", wide, small, "which?", *limit).rstrip("\n") == loaded.chat(
+            asked, max_new_tokens=4
+        )
+        assert run("ask", wide, "which?", "--stream", "--max-pixels", "3136", *limit).rstrip(
+            "\n"
+        ) == loaded.ask(WIDE, "which?", max_pixels=3136, max_new_tokens=4)
+        monkeypatch.setattr("sys.stdin", io.StringIO("hi\nso?\n"))
+        assert run("chat", wide, *limit) == "".join(f"{answer}\n" for answer in chatted)
+        found = json.loads(run("classify", wide, "--labels", "a,b", "--json"))
+        assert found == [list(pair) for pair in loaded.classify(WIDE, ["a", "b"])]

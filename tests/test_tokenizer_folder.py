@@ -20,6 +20,7 @@ from clipflow.errors import InputError
 from clipflow.models.unilip import tokenizer_checkpoint
 from clipflow.models.unilip.image_codec import ImageTokenizer, TokenizerConfig
 from clipflow.models.unilip.tokenizer_checkpoint import convert_tokenizer
+from clipflow.pipelines.families.unilip import FAMILY as UNILIP
 from clipflow.pipelines.offload import Offload
 from clipflow.testing import size_config, write_unilip_folder
 
@@ -125,7 +126,7 @@ class TestFolder:
         factor = whole.config.unilip_factor
         pipe = CLIPFlowPipeline.__new__(CLIPFlowPipeline)  # without a tokenizer of texts
         pipe.model, pipe.image_processor = whole, tokenizer.image_processor
-        pipe.offload = Offload(whole)
+        pipe.family, pipe.offload = UNILIP, Offload(whole, {})
         wanted = pipe.reconstruct(picture(), resolution=resolution, output_type="pt").images
         found = tokenizer.reconstruct(picture(), resolution=resolution, output_type="pt").images
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)

@@ -10,6 +10,7 @@ from clipflow.cli.arguments import (
     at_least_none,
     at_least_one,
     guidance,
+    positive,
     probability,
     seed,
     text,
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def add_answer_options(parser: argparse.ArgumentParser, *, tiles: str) -> None:
-    """--max-new-tokens, --tiles, --max-pixels, --temperature, --top-p, --top-k, --stop, --seed."""
+    """--max-new-tokens, --tiles, --max-pixels, --temperature, --top-p and others."""
     group = parser.add_argument_group("answer")
     group.add_argument(
         "--max-new-tokens", type=at_least_one, metavar="N", help="longest answer, in tokens"
@@ -58,6 +59,12 @@ def add_answer_options(parser: argparse.ArgumentParser, *, tiles: str) -> None:
         help="draw from the K likeliest tokens (default: all)",
     )
     group.add_argument(
+        "--repetition-penalty",
+        type=positive,
+        metavar="X",
+        help="above 1 makes tokens that were read or said less likely (default: the model's)",
+    )
+    group.add_argument(
         "--stop",
         action="append",
         type=text,
@@ -79,6 +86,7 @@ def answer_options(args: argparse.Namespace) -> dict[str, Any]:
         "temperature": args.temperature,
         "top_p": args.top_p,
         "top_k": args.top_k,
+        "repetition_penalty": args.repetition_penalty,
         "stop": args.stop,
         "generator": generator,
     }

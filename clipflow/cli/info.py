@@ -57,9 +57,10 @@ def collect(folder: Path, summary: FolderSummary) -> dict[str, object]:
             for part, found in summary.dtypes.items()
         },
         "skipped": summary.skipped,
+        "float32_parts": list(summary.family.wide),
         "total": sum(counts.values()),
         "weight_bytes": {name: rest * size + wide * 4 for name, size in BYTES.items()},
-        "file_bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        "file_bytes": sum(path.stat().st_size for path in folder.rglob("*.safetensors")),
         "memory": {tier: _memory(folder, tier) for tier in ("faithful", "fast")},
     }
 
@@ -67,11 +68,12 @@ def collect(folder: Path, summary: FolderSummary) -> dict[str, object]:
 def format_facts(facts: dict) -> str:
     lines = [f"model   {facts['folder']}", f"family  {facts['family']}", "", "architecture"]
     lines += [f"  {part:<16}{text}" for part, text in facts["architecture"].items()]
+    wide = f" ({', '.join(facts['float32_parts'])} float32)" if facts["float32_parts"] else ""
     lines += ["", "parameters"]
     for part, count in facts["parameters"].items():
         stored = ", ".join(facts["dtypes"].get(part, ()))
         lines.append(f"  {part:<16}{count:>15,}  {stored}".rstrip())
-    lines += [f"  {'total':<16}{facts['total']:>15,}", "", "memory for weights (decoder float32)"]
+    lines += [f"  {'total':<16}{facts['total']:>15,}", "", f"memory for weights{wide}"]
     lines += [
         f"  {name:<16}{size / 2**20:>11,.1f} MiB" for name, size in facts["weight_bytes"].items()
     ]

@@ -110,8 +110,11 @@ def make_answers(
     dice: Sequence[torch.Generator],
 ) -> Iterator[None]:
     """Add tokens to the answers of a reading's rows until all have ended; yields after each."""
+    known = None if sampling.repetition_penalty == 1 else reading.tokens_of_prompts()
     while True:
-        tokens = sampling.choose(reading.next_logits, dice)
+        tokens = sampling.choose(reading.next_logits, dice, known)
+        if known is not None:
+            known.scatter_(1, tokens[:, None], value=True)
         for answer, token in zip(answers, tokens.tolist(), strict=True):
             answer.add(token)
         yield

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipflow.errors import InputError
+from clipflow.models.language.token_sampling import TokenSampling
 from clipflow.pipelines.arguments import positive
 from clipflow.pipelines.options import check_guidance, check_solver, check_steps
 
@@ -24,6 +25,7 @@ class GenerationDefaults:
     solver: str
     max_new_tokens: int
     eos_token_ids: tuple[int, ...] = ()  # that end an answer, besides the model's end of turn
+    repetition_penalty: float = 1.0
 
     @classmethod
     def from_folder(
@@ -41,11 +43,13 @@ class GenerationDefaults:
             solver=values.get("default_solver", solver),
             max_new_tokens=values.get("max_new_tokens", _new_tokens(config)),
             eos_token_ids=_token_ids(values.get("eos_token_id"), config),
+            repetition_penalty=values.get("repetition_penalty", cls.repetition_penalty),
         )
         positive("max_new_tokens", defaults.max_new_tokens)
         check_steps(defaults.num_inference_steps)
         check_guidance(defaults.guidance_scale)
         check_solver(defaults.solver)
+        TokenSampling(repetition_penalty=defaults.repetition_penalty)  # or InputError
         return defaults
 
     def to_json(self) -> str:
@@ -55,6 +59,8 @@ class GenerationDefaults:
             "default_solver": self.solver,
             "max_new_tokens": self.max_new_tokens,
         }
+        if self.repetition_penalty != 1:
+            values["repetition_penalty"] = self.repetition_penalty
         if self.eos_token_ids:
             values["eos_token_id"] = list(self.eos_token_ids)
         return json.dumps(values, indent=2) + "\n"

@@ -42,6 +42,7 @@ class LanguageCalls(PipelineParts):
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        repetition_penalty: float | None = None,
         stop: str | Sequence[str] | None = None,
         generator: Generators = None,
         stream: bool = False,
@@ -63,6 +64,8 @@ class LanguageCalls(PipelineParts):
             temperature: 0 takes the likeliest token always; higher is more random.
             top_p: draw from the likeliest tokens that together have this probability.
             top_k: draw from so many of the likeliest tokens; 0 is all.
+            repetition_penalty: above 1 makes tokens that were read or said less likely; the model's
+                default when not given (1 is none).
             stop: texts before which an answer ends.
             generator: one for all conversations, or a list with one for each: then an answer does
                 not depend on the conversations beside it.
@@ -78,7 +81,9 @@ class LanguageCalls(PipelineParts):
         """
         self.family.require("chat", self.model)
         conversations, several = conversations_of(messages, self.prompts.check)
-        choice = self._choice(max_new_tokens, temperature, top_p, top_k, stop, generator)
+        choice = self._choice(
+            max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, generator
+        )
         if stream and several:
             raise InputError(
                 f"stream=True must have one conversation, got a list of {len(messages)}"
@@ -99,6 +104,7 @@ class LanguageCalls(PipelineParts):
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
+        repetition_penalty: float | None = None,
         stop: str | Sequence[str] | None = None,
         generator: Generators = None,
         stream: bool = False,
@@ -128,7 +134,9 @@ class LanguageCalls(PipelineParts):
             Conversation.of_question(one, self.prompts.check("question", text))
             for one, text in zip(images, questions, strict=True)
         ]
-        choice = self._choice(max_new_tokens, temperature, top_p, top_k, stop, generator)
+        choice = self._choice(
+            max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, generator
+        )
         if stream and len(questions) != 1:
             raise InputError(f"stream=True must have one question, got {len(questions)}")
         tiles = self.reader.ask_tiles if max_tiles is None else max_tiles
@@ -191,6 +199,7 @@ class LanguageCalls(PipelineParts):
         temperature: float,
         top_p: float,
         top_k: int,
+        repetition_penalty: float | None,
         stop: str | Sequence[str] | None,
         generator: Generators,
     ) -> Choice:
@@ -201,7 +210,14 @@ class LanguageCalls(PipelineParts):
             texts=stop_texts(stop),
             max_new_tokens=positive("max_new_tokens", limit),
         )
-        sampling = TokenSampling(temperature=temperature, top_p=top_p, top_k=top_k)
+        if repetition_penalty is None:
+            repetition_penalty = self.defaults.repetition_penalty
+        sampling = TokenSampling(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+        )
         return Choice(sampling, end, generator)
 
     def _answers(

@@ -13,6 +13,10 @@ import torch
 from torch import nn
 
 from clipflow.models.blip3o.config import BLIP3oConfig
+from clipflow.models.blip3o.feature_decoder import FeatureDecoder
+from clipflow.models.blip3o.memory import unet_activations, vae_activations
+from clipflow.models.blip3o.sdxl_decoder import SDXLDecoder
+from clipflow.models.blip3o.sdxl_folder import SDXLFolder
 from clipflow.models.blip3o_next.config import BLIP3oNextConfig
 from clipflow.models.dits.linears import can_quantize
 from clipflow.models.dits.lumina import LuminaTransformer
@@ -159,16 +163,21 @@ def next_estimate(
 
 
 def blip3o_estimate(
-    family: Family, config: BLIP3oConfig, counts: Mapping[str, int], call: CallShape
+    family: Family,
+    config: BLIP3oConfig,
+    counts: Mapping[str, int],
+    call: CallShape,
+    decoder: SDXLDecoder | SDXLFolder | FeatureDecoder | None,
 ) -> MemoryEstimate:
-    """Memory of `call` for a BLIP3-o; of an SDXL decoder only weights and pictures are counted."""
+    """Memory of `call` for a BLIP3-o; the decoder's activations are those of its default options.
+
+    The vision tower's are not counted, as they depend on the pictures.
+    """
     nulls = 1 if call.guided else 0
     side = config.image_size // config.vision.feature_pixels
     positions = call.prompt_tokens + config.n_query + (side**2 if call.edit else 0)
     spec = call.spec(family, config, nulls, config.n_query)
     drawing = _drawing(_without_memory(LuminaTransformer, config.dit), call, spec)
-    height, width = call.size.pixels or (config.output_size,) * 2
-    pictures = 4 * call.images * 3 * height * width * torch.float32.itemsize
     condition = config.n_query * config.text.hidden_size * call.dtype.itemsize
     return MemoryEstimate(
         weights=weight_bytes(family, counts, call.dtype),
@@ -178,8 +187,26 @@ def blip3o_estimate(
         plan=drawing.plan,
         language=language_activations(config.text, call.prompts, positions, call.dtype),
         sampling=drawing.step,
-        decode=pictures,
+        decode=_feature_decoding(call, decoder),
     )
+
+
+def _feature_decoding(
+    call: CallShape, decoder: SDXLDecoder | SDXLFolder | FeatureDecoder | None
+) -> int:
+    """Of a decoder of features with pictures, which are held four times in float32."""
+    if decoder is None:
+        return 0
+    if isinstance(decoder, FeatureDecoder):
+        return decode_activations(decoder.config, (call.images, *call.size[:2]), call.device)
+    upscale = 2 ** (len(decoder.vae.config.block_out_channels) - 1)
+    height, width = call.size.pixels or (decoder.unet.config.sample_size * upscale,) * 2
+    size = (height // upscale, width // upscale)
+    drawing = max(
+        unet_activations(decoder.unet.config, 2 * call.images, size, call.dtype),
+        vae_activations(decoder.vae.config, call.images, size, call.dtype),
+    )
+    return max(drawing, 4 * call.images * 3 * height * width * torch.float32.itemsize)
 
 
 def _drawing(dit: nn.Module, call: CallShape, spec: PlanSpec) -> Drawing:

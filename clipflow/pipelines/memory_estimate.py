@@ -179,7 +179,7 @@ def folder_estimate(
         steps=num_inference_steps, scale=guidance_scale, solver=solver, edit=edit,
         step_cache=step_cache,
         prompt_tokens=prompt_tokens, dtype=dtype, tier=tier, device=torch.device(device),
-    ))  # fmt: skip
+    ), family.decoder_in(folder))  # fmt: skip
 
 
 def pipeline_estimate(
@@ -212,7 +212,7 @@ def pipeline_estimate(
         step_cache=step_cache,
         prompt_tokens=prompt_tokens, dtype=pipeline.dtype, tier=tier or pipeline.tier,
         device=pipeline.device,
-    ))  # fmt: skip
+    ), getattr(pipeline.model, "decoder", None))  # fmt: skip
 
 
 class MemoryEstimator:

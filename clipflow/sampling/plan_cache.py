@@ -79,6 +79,11 @@ class PlanCache:
         with self._lock:
             return sum(plan.nbytes for plan in [*self._idle, *self._busy])
 
+    def weights(self) -> object:
+        """Stands for the model's weights as they are now, as `WeightsWatch.state` does."""
+        with self._lock:
+            return self._watch.state()
+
     def plans(self) -> list[SamplingPlan]:
         """The idle plans, the one used last at the end."""
         with self._lock:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from clipflow.models.blip3o.eva import EVAConfig
 from clipflow.models.dits.lumina import LuminaConfig
-from clipflow.models.folders.parsing import build
 from clipflow.models.folders.rules import (
     Rule,
     check_rules,
@@ -18,6 +17,7 @@ from clipflow.models.folders.rules import (
     positive,
     token_ids,
 )
+from clipflow.models.folders.saved_config import SavedConfig
 from clipflow.models.language.config import TextConfig
 
 MODEL_TYPE = "clipflow_blip3o"
@@ -72,7 +72,7 @@ class TokenIds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLIP3oConfig:
+class BLIP3oConfig(SavedConfig):
     """A whole model.
 
     Attributes:
@@ -84,11 +84,14 @@ class BLIP3oConfig:
         system_message: what every prompt begins with.
         noise_dtype: what starting noise is drawn in, whatever the model computes in: with it a seed
             means a picture.
-        edits: whether it was trained to edit pictures; published ones reconstruct only.
+        edits: whether it was trained to edit pictures; published ones were not.
 
     Raises:
         ValueError: sizes that do not fit together; one error names them all.
     """
+
+    model_type: ClassVar = MODEL_TYPE
+    called: ClassVar = "blip3o config"
 
     vision: VisionConfig
     text: MultimodalTextConfig
@@ -119,24 +122,6 @@ class BLIP3oConfig:
     def image_size(self) -> int:
         """Side of the pictures that drawing and editing read."""
         return self.vision.image_size
-
-    def to_dict(self) -> dict:
-        """Plain JSON values."""
-        return {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping) -> BLIP3oConfig:
-        """The configuration that `to_dict` wrote; lists become tuples.
-
-        Raises:
-            ValueError: unknown or missing keys, values of a wrong type, another model type; one
-                error names them all.
-        """
-        values = dict(values)
-        found = values.pop("model_type", None)
-        if found != MODEL_TYPE:
-            raise ValueError(f"blip3o config: model_type must be {MODEL_TYPE!r}, got {found!r}")
-        return build(cls, values, "blip3o config")
 
 
 def _rules(config: BLIP3oConfig) -> list[Rule]:

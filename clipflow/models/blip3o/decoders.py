@@ -8,6 +8,7 @@ import torch
 
 from clipflow.models.blip3o.feature_decoder import MODEL_TYPE, FeatureDecoder
 from clipflow.models.blip3o.sdxl_decoder import SDXLDecoder
+from clipflow.models.blip3o.sdxl_folder import SDXLFolder
 from clipflow.models.folders.checkpoint import CONFIG_FILE, read_config
 from clipflow.models.folders.shapes import Shape
 
@@ -40,6 +41,17 @@ def load_decoder(
     return SDXLDecoder.from_folder(folder, dtype=dtype, device=device)
 
 
+def describe_decoder(folder: str | Path) -> SDXLFolder | FeatureDecoder:
+    """The decoder in `folder` without memory for its weights.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_decoder`, but for the values of the weights.
+    """
+    if (Path(folder) / CONFIG_FILE).exists():
+        return FeatureDecoder.meta(folder)[0]
+    return SDXLDecoder.meta(folder)
+
+
 def stored_tensors(folder: str | Path) -> dict[str, tuple[Shape, torch.dtype]]:
     """Shape and stored dtype of each tensor of the decoder in `folder`, as names of a model.
 
@@ -47,7 +59,7 @@ def stored_tensors(folder: str | Path) -> dict[str, tuple[Shape, torch.dtype]]:
         FileNotFoundError, ValueError: as `load_decoder`, but for the values of the weights.
     """
     if (Path(folder) / CONFIG_FILE).exists():
-        weights = FeatureDecoder.meta(folder)
+        _, weights = FeatureDecoder.meta(folder)
         return {
             f"decoder.{name}": (shape, weights.dtypes[name])
             for name, shape in weights.shapes.items()

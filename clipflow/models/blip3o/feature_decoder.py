@@ -7,9 +7,8 @@ It has the calls of `SDXLDecoder`, so that a model can hold either, and nothing 
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -23,14 +22,14 @@ from clipflow.models.dc_ae.config import DecoderConfig
 from clipflow.models.dc_ae.decoder import DCAEDecoder
 from clipflow.models.folders.checkpoint import Weights, save_folder
 from clipflow.models.folders.loading import FolderFormat, load_model, open_model
-from clipflow.models.folders.parsing import build
 from clipflow.models.folders.rules import check_rules, positive
+from clipflow.models.folders.saved_config import SavedConfig
 
 MODEL_TYPE = "clipflow_feature_decoder"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureDecoderConfig:
+class FeatureDecoderConfig(SavedConfig):
     """Sizes of a `FeatureDecoder`.
 
     Attributes:
@@ -42,6 +41,9 @@ class FeatureDecoderConfig:
     Raises:
         ValueError: sizes that do not fit together; one error names them all.
     """
+
+    model_type: ClassVar = MODEL_TYPE
+    called: ClassVar = "feature decoder config"
 
     feature_width: int
     grid_side: int
@@ -61,25 +63,6 @@ class FeatureDecoderConfig:
         text = f"decoder's smallest stage must be a multiple of {latent} wide, got {list(channels)}"
         rules = [*positive(numbers), *self.decoder.rules(), (text, not whole)]
         check_rules(rules, "feature decoder config")
-
-    def to_dict(self) -> dict:
-        """Plain JSON values."""
-        return {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping) -> FeatureDecoderConfig:
-        """The configuration that `to_dict` wrote; lists become tuples.
-
-        Raises:
-            ValueError: unknown or missing keys, values of a wrong type, another model type.
-        """
-        values = dict(values)
-        found = values.pop("model_type", None)
-        if found != MODEL_TYPE:
-            raise ValueError(
-                f"feature decoder config: model_type must be {MODEL_TYPE!r}, got {found!r}"
-            )
-        return build(cls, values, "feature decoder config")
 
 
 class FeatureDecoder(DCAEDecoder):
@@ -122,10 +105,10 @@ class FeatureDecoder(DCAEDecoder):
         return load_model(cls, folder, _FORMAT, device=device)
 
     @classmethod
-    def meta(cls, folder: str | Path) -> Weights:
-        """The weights in a folder, by their headers; raises as `from_folder`."""
-        _, weights, _ = open_model(cls, folder, _FORMAT)
-        return weights
+    def meta(cls, folder: str | Path) -> tuple[FeatureDecoder, Weights]:
+        """The decoder in a folder on the meta device, and its weights; raises as `from_folder`."""
+        model, weights, _ = open_model(cls, folder, _FORMAT)
+        return model, weights
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `from_folder` reads; see `save_folder` for what it promises."""

@@ -12,6 +12,7 @@ Data flow, specs of BLIP3-o, sections A.1 and A.4:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from clipflow.models.blip3o.decoders import FOLDER as DECODER_FOLDER
 from clipflow.models.blip3o.decoders import PixelDecoder, load_decoder
 from clipflow.models.blip3o.eva import EVATower
 from clipflow.models.blip3o.loading import folder_format
+from clipflow.models.blip3o.published import MODEL_TYPES as PUBLISHED_TYPES
 from clipflow.models.blip3o.qwen import (
     make_language_model,
     make_vision,
@@ -122,6 +124,9 @@ class BLIP3oModel(nn.Module):
         if with_decoder and folder.is_dir():
             model.decoder = load_decoder(folder, dtype=dtype, device=device)
             _check_decoder(model.decoder, model.config, folder)
+            if checkpoint.read_config(directory).get("model_type") in PUBLISHED_TYPES:
+                size = model.decoder.native_size  # what published ones say of it is there alone
+                model.config = dataclasses.replace(model.config, output_size=size)
         return model
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:

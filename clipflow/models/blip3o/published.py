@@ -64,6 +64,8 @@ def blip3o_config(size: str) -> BLIP3oConfig:
 def config_from_published(values: Mapping, shapes: Mapping[str, tuple[int, ...]]) -> BLIP3oConfig:
     """The configuration of a published checkpoint.
 
+    None was trained to edit; `edits` in config.json, which is our field, says that one was.
+
     Args:
         values: its config.json.
         shapes: shape of every tensor, under our names. The language model is tied when there is
@@ -75,6 +77,7 @@ def config_from_published(values: Mapping, shapes: Mapping[str, tuple[int, ...]]
     """
     fields, tensors = Fields(values, SCHEMA), Shapes(shapes, SCHEMA.family)
     fields.fixed("gen_pooling", *POOLINGS)
+    fields.fixed("edits", True, False)
     # Later versions of transformers write the language model's fields into an object of its own.
     nested = fields.get("text_config") is not None
     text = _text_from(fields.section("text_config") if nested else fields, tensors)
@@ -91,16 +94,9 @@ def config_from_published(values: Mapping, shapes: Mapping[str, tuple[int, ...]]
                 f"model, got {found}"
             )
     tokens = _tokens(fields, text.vocab_size)
-    fields.fixed("edits", True, False)  # ours: no published model says whether it edits
-    return _config(
-        text,
-        vision,
-        dit,
-        tokens=tokens,
-        n_query=n_query,
-        target=_target(shapes, fields),
-        edits=fields.get("edits") is True,
-    )
+    target = _target(shapes, fields)
+    found = _config(text, vision, dit, tokens=tokens, n_query=n_query, target=target)
+    return dataclasses.replace(found, edits=fields.get("edits") is True)
 
 
 def _target(shapes: Mapping[str, tuple[int, ...]], fields: Fields) -> EVAConfig | None:
@@ -298,7 +294,6 @@ def _config(
     tokens: TokenIds | None = None,
     n_query: int = 64,
     target: EVAConfig | None = None,
-    edits: bool = False,
 ) -> BLIP3oConfig:
     return BLIP3oConfig(
         vision=vision,
@@ -316,5 +311,4 @@ def _config(
         image_std=CLIP_STD,
         system_message=SYSTEM_MESSAGE,
         noise_dtype="float16",  # what the reference runs in
-        edits=edits,
     )

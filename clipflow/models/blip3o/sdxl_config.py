@@ -55,8 +55,14 @@ UNET_IS = {
     "time_cond_proj_dim": None,
     "attention_type": "default",
     "center_input_sample": False,
+    "downsample_padding": 1,
 }
 VAE_IS = {"shift_factor": None, "latents_mean": None, "latents_std": None}
+# Numbers that no weight's shape tells, above zero; the first ones are whole.
+WHOLE = ("norm_num_groups", "attention_head_dim")
+ABOVE_ZERO = (
+    *WHOLE, "norm_eps", "mid_block_scale_factor", "resnet_out_scale_factor", "scaling_factor",
+)  # fmt: skip
 LARGEST, LONGEST, MOST_STEPS = 2**20, 64, 100_000
 TIME_IDS = 6
 
@@ -162,6 +168,9 @@ def check_unet(unet: nn.Module, where: str) -> None:
     """
     config = unet.config
     _check_values(config, UNET_IS, where)
+    _check_numbers(config, where)
+    if not _is_number(config.freq_shift, (int, float)) or config.freq_shift < 0:
+        raise ValueError(f"load: {where} must have a freq_shift, got {config.freq_shift!r:.40}")
     width, given = config.cross_attention_dim, config.projection_class_embeddings_input_dim
     time_width = config.addition_time_embed_dim
     whole = type(width) is type(time_width) is int
@@ -183,20 +192,33 @@ def check_vae(vae: nn.Module, unet: nn.Module, where: str) -> None:
     """
     config = vae.config
     _check_values(config, {**VAE_IS, "out_channels": 3}, where)
+    _check_numbers(config, where)
     if config.latent_channels != unet.config.in_channels:
         raise ValueError(
             f"load: {where} must have latent_channels {unet.config.in_channels} as the UNet, "
             f"got {config.latent_channels}"
         )
-    factor = config.scaling_factor
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
-        raise ValueError(f"load: {where} must have a scaling_factor above 0, got {factor!r}")
 
 
 def _check_values(config: Mapping[str, object], wanted: Mapping[str, object], where: str) -> None:
     for key, value in wanted.items():
-        if config[key] != value:
+        if config[key] != value or type(config[key]) is not type(value):  # True is not 1
             raise ValueError(f"load: {where} must have {key} {value!r}, got {config[key]!r}")
+
+
+def _check_numbers(config: Mapping[str, object], where: str) -> None:
+    for key in ABOVE_ZERO:
+        kinds = (int,) if key in WHOLE else (int, float)
+        value = config.get(key, 1)
+        numbers = _flat(value) if key == "attention_head_dim" else [value]
+        if not all(_is_number(number, kinds) and number > 0 for number in numbers):
+            raise ValueError(
+                f"load: {where} must have a {key} above 0, got {repr(config[key])[:40]}"
+            )
+
+
+def _is_number(value: object, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def check_scheduler(settings: Mapping[str, object], where: str) -> None:
@@ -223,11 +245,12 @@ def check_scheduler(settings: Mapping[str, object], where: str) -> None:
     offset = settings.get("steps_offset", 0)
     if type(offset) is not int or not 0 <= offset < steps:
         raise ValueError(f"load: {where} must have steps_offset below {steps}, got {offset!r}")
-    betas = _flat(settings.get("trained_betas") or [])
+    trained = settings.get("trained_betas")
+    betas = [] if trained is None else _flat(trained)
     named = [settings[key] for key in ("beta_start", "beta_end") if key in settings]
     for beta in (*named, *betas):
         if not isinstance(beta, float) or not 0 < beta < 1:
             raise ValueError(f"load: {where} must have betas between 0 and 1, got {beta!r:.40}")
-    if betas and len(betas) != steps:
+    if trained is not None and len(betas) != steps:
         raise ValueError(f"load: {where} must have {steps} trained_betas, got {len(betas)}")
     build_part(EulerDiscreteScheduler, settings, where, device="cpu")

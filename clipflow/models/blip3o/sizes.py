@@ -15,7 +15,7 @@ PARTS = {
     "lm_head": ("lm_head.",),
     "queries": ("latent_queries",),
     "DiT": ("dit.",),
-    "EVA tower": ("clip_target.",),
+    "CLIP target": ("clip_target.",),
     "decoder": ("decoder.",),
 }
 

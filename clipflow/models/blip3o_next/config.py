@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from clipflow.models.dc_ae.config import DecoderConfig
 from clipflow.models.dits.sana import SanaConfig
-from clipflow.models.folders.parsing import build
 from clipflow.models.folders.rules import (
     Rule,
     check_rules,
@@ -17,6 +16,7 @@ from clipflow.models.folders.rules import (
     positive,
     token_ids,
 )
+from clipflow.models.folders.saved_config import SavedConfig
 from clipflow.models.language.config import TextConfig
 
 MODEL_TYPE = "clipflow_blip3o_next"
@@ -53,7 +53,7 @@ class TokenIds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLIP3oNextConfig:
+class BLIP3oNextConfig(SavedConfig):
     """A whole model.
 
     Attributes:
@@ -68,6 +68,9 @@ class BLIP3oNextConfig:
     Raises:
         ValueError: sizes that do not fit together; one error names them all.
     """
+
+    model_type: ClassVar = MODEL_TYPE
+    called: ClassVar = "blip3o_next config"
 
     text: Qwen3TextConfig
     dit: SanaConfig
@@ -93,26 +96,6 @@ class BLIP3oNextConfig:
     def latent_side(self) -> int:
         """Side of the latent grid of one native-size picture."""
         return self.dit.sample_size
-
-    def to_dict(self) -> dict:
-        """Plain JSON values."""
-        return {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping) -> BLIP3oNextConfig:
-        """The configuration that `to_dict` wrote; lists become tuples.
-
-        Raises:
-            ValueError: unknown or missing keys, values of a wrong type, another model type; one
-                error names them all.
-        """
-        values = dict(values)
-        found = values.pop("model_type", None)
-        if found != MODEL_TYPE:
-            raise ValueError(
-                f"blip3o_next config: model_type must be {MODEL_TYPE!r}, got {found!r}"
-            )
-        return build(cls, values, "blip3o_next config")
 
 
 def _rules(config: BLIP3oNextConfig) -> list[Rule]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from clipflow.errors import ShapeError
+from clipflow.models.blip3o_next.token_steps import FixedSteps, Steps, takes_fixed_steps
 from clipflow.models.language.kept_keys import KeptKeys
 from clipflow.models.language.layers import rope_table
 from clipflow.models.language.token_sampling import TokenSampling
@@ -86,15 +87,16 @@ def draw_image_tokens(
     kept = KeptKeys(lm)
     given = kept.begin(lm.embed_tokens(ids), (cos[:T], sin[:T]), room=draw.count, lengths=lengths)
     selected = _Selected(given, begins, lengths, room=draw.count)
-    last, going = given[rows, lengths - 1], torch.ones_like(rows, dtype=torch.bool)
+    kind = FixedSteps if takes_fixed_steps(ids.device) else Steps
+    steps = kind(model, kept, (cos, sin), draw.allow_any_token)
+    logits, going = steps.logits_of(given[rows, lengths - 1]), torch.ones_like(rows).bool()
     drawn = []
     for _ in range(draw.count):
-        chosen = _choose(model, last, draw)
+        chosen = draw.sampling.choose(logits.float(), draw.dice) + steps.first
         chosen = torch.where(going, chosen, tokens.pad)
         drawn.append(chosen)
-        place = kept.lengths
-        last = kept.extend(lm.embed_tokens(chosen[:, None]), (cos[place], sin[place]))
-        selected.add(last, going)
+        states, logits = steps.take(chosen)
+        selected.add(states, going)
         if draw.progress is not None:
             draw.progress(1)
         if draw.allow_any_token:
@@ -141,11 +143,3 @@ def _begins(ids: Tensor, lengths: Tensor, image_start: int) -> Tensor:
             f"got none in rows {rows}"
         )
     return found.int().argmax(-1) + 1
-
-
-def _choose(model: BLIP3oNextModel, states: Tensor, draw: TokenDraw) -> Tensor:
-    """Tokens [B] that follow `states` [B, H]."""
-    if draw.allow_any_token:
-        return draw.sampling.choose(model.head(states).float(), draw.dice)
-    logits = model.image_logits(states).float()
-    return draw.sampling.choose(logits, draw.dice) + model.config.tokens.first_image

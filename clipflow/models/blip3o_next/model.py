@@ -12,7 +12,6 @@ Data flow, specs of BLIP3o-NEXT section B.4:
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -27,8 +26,7 @@ from clipflow.models.blip3o_next.loading import FORMAT
 from clipflow.models.condition import Condition
 from clipflow.models.dc_ae.decoder import DCAEDecoder
 from clipflow.models.dits.sana import SanaTransformer
-from clipflow.models.folders.checkpoint import save_folder
-from clipflow.models.folders.loading import load_model
+from clipflow.models.folders.saved_model import SavedModel
 from clipflow.models.language.token_sampling import Generators, TokenSampling, row_dice
 
 CONNECTOR_NORM_EPS = 1e-5
@@ -39,8 +37,10 @@ NO_UNDERSTANDING = (
 )
 
 
-class BLIP3oNextModel(nn.Module):
+class BLIP3oNextModel(SavedModel):
     """All parts of a BLIP3o-NEXT checkpoint that drawing needs."""
+
+    folder_format = FORMAT
 
     def __init__(self, config: BLIP3oNextConfig) -> None:
         super().__init__()
@@ -73,35 +73,6 @@ class BLIP3oNextModel(nn.Module):
         """(C, h, w) of the latents of one native-size picture."""
         side = self.config.latent_side
         return (self.config.decoder.latent_channels, side, side)
-
-    def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "2GB") -> None:
-        """Write config.json and safetensors; see `folders.checkpoint.save_folder`."""
-        save_folder(
-            directory, self.config.to_dict(), self.state_dict(), max_shard_size=max_shard_size
-        )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | Path,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-    ) -> BLIP3oNextModel:
-        """The model in `directory`, ours or a published one, in evaluation mode.
-
-        Args:
-            directory: written by `save_pretrained`, or a BLIP3o-NEXT checkpoint in safetensors.
-            dtype: of the parameters, but for `vae`, which is float32 always; as stored when not
-                given. The rotary table stays float32.
-            device: where the parameters go.
-
-        Raises:
-            FileNotFoundError: no such folder, or no config.json or weights in it.
-            ValueError: a damaged file, other keys or shapes than the model's, or a weight that is
-                NaN or infinite.
-        """
-        return load_model(cls, directory, FORMAT, dtype=dtype, device=device)
 
     def encode_condition(
         self,

@@ -31,7 +31,18 @@ _IMAGES = """
 SCHEMA = Schema(
     family=FAMILY,
     known={"": frozenset((ANY + _QWEN3 + _IMAGES).split())},
-    note_prefixes=("mm_", "tune_", "freeze_", "tokenizer_", "image_aspect", "image_grid", "use_mm"),
+    note_prefixes=(
+        "mm_",
+        "tune_",
+        "freeze_",
+        "tokenizer_",
+        "image_aspect",
+        "image_grid",
+        "use_mm",
+        "gen_",
+        "vision_tower",
+        "pretrain_",
+    ),
     note_suffixes=("_path", "_lr"),
 )
 # Of the published models, and in no config.json (specs sections B.1 and B.4).

@@ -94,13 +94,30 @@ class KeptKeys:
                 else:
                     buffer[self._rows, place] = new[:, 0]
             keys, values = (buffer[:, :longest] for buffer in self.buffers[layer])
-            # The heads that share keys become queries: each key is loaded once for all of them.
-            grouped = q.unflatten(2, (keys.shape[2], -1))[:, 0].transpose(1, 2)
-            lengths = None if even else self.lengths
-            y = dit_attention(grouped, keys, values, key_lengths=lengths)
-            return y.transpose(1, 2).reshape(q.shape)
+            return _attend_grouped(q, keys, values, None if even else self.lengths)
 
         return self._run(embeddings, tuple(part[:, None] for part in rope), attend)[:, 0]
+
+    def advance(self, embeddings: Tensor, rope: Rope) -> Tensor:
+        """`extend`, with the same kernels on the same memory in every step; [B, H].
+
+        All slots are looked at, and only `lengths` counts the positions, in place: a CUDA graph
+        of one step is one of all steps. No other method may follow but this one.
+
+        Args:
+            embeddings: [B, 1, H].
+            rope: (cos, sin) of each row's position, [B, K/2] each.
+        """
+        seen = self.lengths + 1
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for buffer, new in zip(self.buffers[layer], (k, v), strict=True):
+                buffer[self._rows, self.lengths] = new[:, 0]
+            return _attend_grouped(q, *self.buffers[layer], seen)
+
+        states = self._run(embeddings, tuple(part[:, None] for part in rope), attend)[:, 0]
+        self.lengths.add_(1)
+        return states
 
     def branch(self, embeddings: Tensor, start: int, rope: Rope, ancestors: Tensor) -> Tensor:
         """Read positions into the slots from `start` on, each seeing its row and its ancestors.
@@ -147,6 +164,14 @@ class KeptKeys:
 
             hidden = run_layer(layer, hidden, rope, mix)
         return rms_norm(hidden, self._norm)
+
+
+def _attend_grouped(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+    """Of one position in each row, q [B, 1, A, K], to the first `lengths` [B] keys of each."""
+    # The heads that share keys become queries: each key is loaded once for all of them.
+    grouped = q.unflatten(2, (k.shape[2], -1))[:, 0].transpose(1, 2)
+    y = dit_attention(grouped, k, v, key_lengths=lengths)
+    return y.transpose(1, 2).reshape(q.shape)
 
 
 def _with_room(tensor: Tensor, room: int) -> Tensor:

@@ -96,6 +96,10 @@ class Reading:
             shared = begun.tokens
             hidden = self._begin_shared(ids, lengths, features, places, rope, begun, room=room)
         self.hidden = hidden[rows, lengths - 1 - shared]
+        # Behind a prompt its last token stands again.
+        self._prompts = ids.gather(
+            1, torch.arange(T, device=ids.device).minimum(lengths[:, None] - 1)
+        )
 
     @property
     def lengths(self) -> Tensor:
@@ -111,6 +115,13 @@ class Reading:
     def next_logits(self) -> Tensor:
         """Float32 logits [B, V] of what follows each row."""
         return self.model.head(self.hidden).float()
+
+    def tokens_of_prompts(self) -> Tensor:
+        """Which tokens each prompt has, [B, V] bool."""
+        known = torch.zeros(
+            len(self._prompts), self.vocab_size, dtype=torch.bool, device=self._prompts.device
+        )
+        return known.scatter_(1, self._prompts, value=True)
 
     @torch.no_grad()
     def extend(self, tokens: Tensor) -> None:

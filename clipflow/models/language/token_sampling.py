@@ -27,26 +27,32 @@ class TokenSampling:
         temperature: 0 takes the likeliest token always.
         top_p: in (0, 1]; 1 leaves nothing out.
         top_k: 0 leaves nothing out.
+        repetition_penalty: logits of tokens that were read or said are divided by it where they
+            are positive and multiplied where not, before all else; 1 changes nothing.
 
     Raises:
         InputError: a value out of range.
 
     Source: Fan et al., "Hierarchical Neural Story Generation" (2018), section 5.4, for top-k;
-    Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020), section 3.1, for top-p.
+    Holtzman et al., "The Curious Case of Neural Text Degeneration" (2020), section 3.1, for top-p;
+    Keskar et al., "CTRL" (2019), section 4.1, for the penalty.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p"):
+        for name in ("temperature", "top_p", "repetition_penalty"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not math.isfinite(value):
                 raise InputError(f"{name} must be a number, got {value!r}")
         if self.temperature < 0:
             raise InputError(f"temperature must be at least 0, got {self.temperature!r}")
+        if self.repetition_penalty <= 0:
+            raise InputError(f"repetition_penalty must be above 0, got {self.repetition_penalty!r}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p!r}")
         whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
@@ -79,14 +85,26 @@ class TokenSampling:
         chances = chances.masked_fill(chances < largest.gather(-1, count - 1), 0)
         return chances / chances.sum(-1, keepdim=True)
 
-    def choose(self, logits: Tensor, dice: Sequence[torch.Generator]) -> Tensor:
+    def penalized(self, logits: Tensor, known: Tensor) -> Tensor:
+        """`logits` [B, V] with those of tokens that are `known` [B, V] bool made smaller."""
+        penalty = self.repetition_penalty
+        smaller = torch.where(logits < 0, logits * penalty, logits / penalty)
+        return torch.where(known, smaller, logits)
+
+    def choose(
+        self, logits: Tensor, dice: Sequence[torch.Generator], known: Tensor | None = None
+    ) -> Tensor:
         """Tokens [B] from `logits` [B, V]; row i draws one number from `dice[i]`, unless greedy.
+
+        `known` [B, V] bool are the tokens that were read or said, for the penalty; None is none.
 
         Raises:
             SamplingError: a logit is not finite.
         """
         if not bool(logits.isfinite().all()):
             raise SamplingError("the language model's logits are not finite")
+        if known is not None:
+            logits = self.penalized(logits, known)
         if self.greedy:
             return logits.argmax(-1)
         below = self.probabilities(logits).cumsum(-1)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from clipflow.models.dc_ae.config import DecoderConfig
 from clipflow.models.dits.sana import SanaConfig
-from clipflow.models.folders.parsing import build
 from clipflow.models.folders.rules import (
     Rule,
     check_rules,
@@ -18,6 +17,7 @@ from clipflow.models.folders.rules import (
     positive,
     token_ids,
 )
+from clipflow.models.folders.saved_config import SavedConfig
 from clipflow.models.language.config import TextConfig
 
 MODEL_TYPE = "clipflow_unilip"
@@ -49,7 +49,7 @@ class TokenIds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniLIPConfig:
+class UniLIPConfig(SavedConfig):
     """A whole model.
 
     `output_size` is the side of the pictures handed to the user (the decoder's are resized to it);
@@ -59,6 +59,9 @@ class UniLIPConfig:
     Raises:
         ValueError: sizes that do not fit together; one error names them all.
     """
+
+    model_type: ClassVar = MODEL_TYPE
+    called: ClassVar = "unilip config"
 
     vision: VisionConfig
     text: TextConfig
@@ -91,24 +94,6 @@ class UniLIPConfig:
     @property
     def latent_channels(self) -> int:
         return self.decoder.latent_channels
-
-    def to_dict(self) -> dict:
-        """Plain JSON values."""
-        return {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping) -> UniLIPConfig:
-        """The configuration that `to_dict` wrote; lists become tuples.
-
-        Raises:
-            ValueError: unknown or missing keys, values of a wrong type, another model type; one
-                error names them all.
-        """
-        values = dict(values)
-        found = values.pop("model_type", None)
-        if found != MODEL_TYPE:
-            raise ValueError(f"unilip config: model_type must be {MODEL_TYPE!r}, got {found!r}")
-        return build(cls, values, "unilip config")
 
 
 def _rules(config: UniLIPConfig) -> list[Rule]:

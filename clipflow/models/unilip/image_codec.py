@@ -11,12 +11,12 @@ are (specs of UniLIP, sections 1d and 5.2).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from clipflow.models.folders.parsing import build
+from clipflow.models.folders.saved_config import SavedConfig
 from clipflow.models.unilip.config import DecoderConfig, UniLIPConfig, VisionConfig
 from clipflow.models.unilip.pixel_decoder import PixelDecoder
 from clipflow.models.unilip.vision import VisionTower, make_projector, pixel_shuffle
@@ -49,7 +49,7 @@ class ImageCodec(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class TokenizerConfig(SavedConfig):
     """Sizes of an `ImageTokenizer`; the fields are those of `UniLIPConfig`.
 
     `text_width` is the width of the features: the language model's that they are made for.
@@ -57,6 +57,9 @@ class TokenizerConfig:
     Raises:
         ValueError: sizes that do not fit together.
     """
+
+    model_type: ClassVar = MODEL_TYPE
+    called: ClassVar = "tokenizer config"
 
     vision: VisionConfig
     decoder: DecoderConfig
@@ -88,23 +91,6 @@ class TokenizerConfig:
     @property
     def image_size(self) -> int:
         return self.vision.image_size
-
-    def to_dict(self) -> dict:
-        """Plain JSON values."""
-        return {"model_type": MODEL_TYPE, **dataclasses.asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping) -> TokenizerConfig:
-        """The configuration that `to_dict` wrote.
-
-        Raises:
-            ValueError: unknown or missing keys, values of a wrong type, another model type.
-        """
-        values = dict(values)
-        found = values.pop("model_type", None)
-        if found != MODEL_TYPE:
-            raise ValueError(f"tokenizer config: model_type must be {MODEL_TYPE!r}, got {found!r}")
-        return build(cls, values, "tokenizer config")
 
     @classmethod
     def of_model(cls, config: UniLIPConfig) -> TokenizerConfig:

@@ -13,8 +13,6 @@ Data flow, specs of UniLIP section 1:
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,8 +21,7 @@ from transformers import Qwen2Config, Qwen2Model
 from clipflow.errors import ShapeError
 from clipflow.models.condition import Condition
 from clipflow.models.dits.sana import SanaTransformer
-from clipflow.models.folders import checkpoint
-from clipflow.models.folders.loading import load_model
+from clipflow.models.folders.saved_model import SavedModel
 from clipflow.models.unilip.config import TextConfig, UniLIPConfig
 from clipflow.models.unilip.connector import Connector
 from clipflow.models.unilip.image_codec import ImageCodec
@@ -33,8 +30,10 @@ from clipflow.models.unilip.pixel_decoder import PixelDecoder
 from clipflow.models.unilip.vision import VisionTower, make_projector
 
 
-class UniLIPModel(ImageCodec):
+class UniLIPModel(ImageCodec, SavedModel):
     """All parts of a UniLIP checkpoint, under the reference's parameter names (less "model.")."""
+
+    folder_format = FORMAT
 
     def __init__(self, config: UniLIPConfig) -> None:
         super().__init__()
@@ -75,35 +74,6 @@ class UniLIPModel(ImageCodec):
     def image_token(self) -> int:
         """Id of the token that stands where image features go."""
         return self.config.tokens.img_context
-
-    def save_pretrained(self, directory: str | Path, *, max_shard_size: int | str = "2GB") -> None:
-        """Write config.json and safetensors; see `checkpoint.save_folder` for what it promises."""
-        checkpoint.save_folder(
-            directory, self.config.to_dict(), self.state_dict(), max_shard_size=max_shard_size
-        )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | Path,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-    ) -> UniLIPModel:
-        """The model in `directory`, ours or a published one, in evaluation mode.
-
-        Args:
-            directory: written by `save_pretrained`, or a UniLIP checkpoint in safetensors.
-            dtype: of the parameters, but for `vae_decoder`, which is float32 always; as stored when
-                not given. The rotary tables stay float32.
-            device: where the parameters go.
-
-        Raises:
-            FileNotFoundError: no such folder, or no config.json or weights in it.
-            ValueError: a damaged file, other keys or shapes than the model's, or a weight that is
-                NaN or infinite.
-        """
-        return load_model(cls, directory, FORMAT, dtype=dtype, device=device)
 
     def embed_prompt(self, input_ids: Tensor, image_features: Tensor | None = None) -> Tensor:
         """Token embeddings [B, T, H] with the image features written at the image positions.

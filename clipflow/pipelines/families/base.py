@@ -110,8 +110,19 @@ class Family(ABC):
         """Compute again, in float32, the tables that `to` may have rounded."""
 
     @abstractmethod
-    def estimate(self, config: Any, counts: Mapping[str, int], call: CallShape) -> MemoryEstimate:
-        """Memory of a call of a model with `counts` parameters in each part."""
+    def estimate(
+        self, config: Any, counts: Mapping[str, int], call: CallShape, decoder: object
+    ) -> MemoryEstimate:
+        """Memory of a call of a model with `counts` parameters in each part.
+
+        Args:
+            config, counts, call: what is estimated.
+            decoder: of the model, or what `decoder_in` found in its folder.
+        """
+
+    def decoder_in(self, folder: Path) -> object:
+        """What the headers of a folder say of a decoder of its own; None where there is none."""
+        return None
 
     def cannot(self, call: str, model: nn.Module) -> str | None:
         """Why `model` has no `call` (a method of the pipeline); None where it has."""

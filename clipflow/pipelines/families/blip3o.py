@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from clipflow.errors import InputError
 from clipflow.models.blip3o import BLIP3oConfig, BLIP3oModel
 from clipflow.models.blip3o.decoders import FOLDER as DECODER_FOLDER
-from clipflow.models.blip3o.decoders import stored_tensors
+from clipflow.models.blip3o.decoders import describe_decoder, stored_tensors
 from clipflow.models.blip3o.keys import skipped_names
 from clipflow.models.blip3o.loading import folder_format
 from clipflow.models.blip3o.qwen import materialize_rotary
@@ -61,13 +61,13 @@ class BLIP3o(Family):
         "vision tower": ("vision tower",),
         "language model": ("language model", "lm_head"),
         "queries": ("queries",),
-        "EVA tower": ("EVA tower",),
+        "CLIP target": ("CLIP target",),
         "DiT": ("DiT",),
         "decoder": ("decoder",),
     }
     language = ("visual", "language_model", "lm_head", "clip_target")
     decoder = ("decoder",)
-    condition_parts = ("visual", "language_model", "latent_queries", "dit")
+    condition_parts = ("visual", "language_model", "latent_queries")
     feature_parts = ("visual",)
     own_options = ("decoding",)
     default_steps = 30
@@ -83,6 +83,10 @@ class BLIP3o(Family):
     def decoder_tensors(self, folder: Path) -> dict[str, tuple[Shape, torch.dtype]]:
         place = folder / DECODER_FOLDER
         return stored_tensors(place) if place.is_dir() else {}
+
+    def decoder_in(self, folder: Path) -> object:
+        place = folder / DECODER_FOLDER
+        return describe_decoder(place) if place.is_dir() else None
 
     def cannot(self, call: str, model: nn.Module) -> str | None:
         return NO_EDITS if call == "edit" and not model.config.edits else None
@@ -118,9 +122,9 @@ class BLIP3o(Family):
         return euler_schedule(steps, shift=config.flow_shift)
 
     def estimate(
-        self, config: BLIP3oConfig, counts: Mapping[str, int], call: CallShape
+        self, config: BLIP3oConfig, counts: Mapping[str, int], call: CallShape, decoder: object
     ) -> MemoryEstimate:
-        return blip3o_estimate(self, config, counts, call)
+        return blip3o_estimate(self, config, counts, call, decoder)
 
     def picture_size(
         self, height: int | None, width: int | None, config: BLIP3oConfig
@@ -200,7 +204,7 @@ class BLIP3o(Family):
         }
         if config.target is not None:
             target = config.target
-            facts["EVA tower"] = f"EVA-CLIP, {target.image_size} px, {target.hidden_size} wide"
+            facts["CLIP target"] = f"EVA-CLIP, {target.image_size} px, {target.hidden_size} wide"
         return facts
 
     def _draw(
@@ -242,7 +246,8 @@ class BLIP3o(Family):
             )
             return latents
 
-        return pipeline.conditions.constant(("null features", decoding.null_seed), sample)
+        name = ("null features", decoding.null_seed, pipeline.plans.weights())
+        return pipeline.conditions.constant(name, sample)
 
     def _target(
         self, pipeline: PipelineParts, images: Sequence[ImageInput]

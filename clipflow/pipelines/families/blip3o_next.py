@@ -104,7 +104,7 @@ class BLIP3oNext(Family):
         return euler_schedule(steps, shift=config.flow_shift, truncate=False)
 
     def estimate(
-        self, config: BLIP3oNextConfig, counts: Mapping[str, int], call: CallShape
+        self, config: BLIP3oNextConfig, counts: Mapping[str, int], call: CallShape, decoder: object
     ) -> MemoryEstimate:
         return next_estimate(self, config, counts, call)
 

@@ -89,7 +89,7 @@ class UniLIP(Family):
         materialize_rotary(model, device)
 
     def estimate(
-        self, config: UniLIPConfig, counts: Mapping[str, int], call: CallShape
+        self, config: UniLIPConfig, counts: Mapping[str, int], call: CallShape, decoder: object
     ) -> MemoryEstimate:
         return unilip_estimate(self, config, counts, call)
 
