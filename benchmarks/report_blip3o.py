@@ -36,7 +36,19 @@ def blip3o_section(result: Result) -> str:
         seconds = f"{statistics.median(row['seconds']):.2f} s"
         rows.append((title, row["name"], seconds, ratio, str(bar), error))
     lines += table(("", "who", "median", "times faster", "bar", "error"), rows)
-    return "\n".join([*lines, *floor(result)])
+    return "\n".join([*lines, *floor(result), *velocities(result)])
+
+
+def velocities(result: Result) -> list[str]:
+    """How far a velocity of each tier is from float64."""
+    said = [
+        f"{tier} {found['error']:.1e} ({'within' if found['error'] <= found['bar'] else 'MISSES'} "
+        f"the bar {found['bar']:.1e})"
+        for tier, found in result["velocities"].items()
+    ]
+    return [
+        "A velocity in the middle of a run, relative L2 from float64: " + "; ".join(said) + ".\n"
+    ]
 
 
 def floor(result: Result) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.blip3o_models import Stage, dit_config, step_work
-from benchmarks.blip3o_race import race
+from benchmarks.blip3o_race import race, wrong_velocities
 from benchmarks.report_blip3o import blip3o_section
 
 
@@ -33,6 +33,19 @@ def test_section_shows_every_figure(result):
     assert text.count("| reference |") == text.count("| fast |") == 2
     assert "2 pictures, from their prompt" in text and "160 GFLOP/s, 20.0 GB/s" in text
     assert "**Wrong:** all" in blip3o_section({**whole, "rows": [], "wrong": ["all"]})
+
+
+def test_velocities_are_judged_before_anything_is_timed(result):
+    errors = result["velocities"]
+    assert errors["faithful"]["error"] <= errors["faithful"]["bar"] < 1e-4
+    assert 1e-4 < errors["fast"]["error"] < 0.1
+    missed = {**errors, "fast": {"error": 0.05, "bar": 0.03}}
+    assert wrong_velocities(missed) == []
+    whole = {**result, "size": "tiny", "velocities": missed, "rows": []}
+    assert "fast 5.0e-02 (MISSES the bar 3.0e-02)" in blip3o_section(whole)
+    for tier, error in (("fast", 0.2), ("faithful", 1e-3), ("fast", float("nan"))):
+        wrong = {**errors, tier: {"error": error, "bar": 3e-2 if tier == "fast" else 1e-6}}
+        assert len(wrong_velocities(wrong)) == 1
 
 
 def test_work_of_a_step():

@@ -182,7 +182,7 @@ def test_train_hands_its_options_on(place, monkeypatch, capsys):
     first, second = calls
     assert first[0] == ("understanding", Path("runs"))
     assert first[1] == {"steps": None, "minutes": 5.0, "progress": False}
-    assert second == ((Path("runs"),), {"scale": 0.5, "progress": True})
+    assert second == ((Path("runs"),), {"chain": "scenes", "scale": 0.5, "progress": True})
 
 
 def test_train_refuses_a_broken_recipe_file(place, tmp_path, capsys):
