@@ -61,7 +61,7 @@ class Family(ABC):
         condition_parts: what conditions depend on.
         feature_parts: what the features of pictures that are asked about depend on.
         own_options: options of calls that only some families have; see `decoding`.
-        default_steps, default_solver: where neither the call nor the folder says.
+        default_solver: where neither the call nor the folder says.
     """
 
     name: ClassVar[str]
@@ -75,7 +75,6 @@ class Family(ABC):
     condition_parts: ClassVar[tuple[str, ...]]
     feature_parts: ClassVar[tuple[str, ...]]
     own_options: ClassVar[tuple[str, ...]] = ()
-    default_steps: ClassVar[int] = 20
     default_solver: ClassVar[str] = "dpmpp_2m"
 
     @property
@@ -156,8 +155,12 @@ class Family(ABC):
 
     def generation_defaults(self, folder: Path | None, config: Any) -> GenerationDefaults:
         """What calls do that do not say."""
-        steps, solver = self.default_steps, self.default_solver
+        steps, solver = self.default_steps(config), self.default_solver
         return GenerationDefaults.from_folder(folder, config, steps=steps, solver=solver)
+
+    def default_steps(self, config: Any) -> int:
+        """Of sampling, where neither the call nor generation_config.json says."""
+        return config.default_steps
 
     def schedule(self, config: Any, steps: int) -> FlowSchedule:
         """Noise levels and model times of a run."""

@@ -70,7 +70,6 @@ class BLIP3o(Family):
     condition_parts = ("visual", "language_model", "latent_queries")
     feature_parts = ("visual",)
     own_options = ("decoding",)
-    default_steps = 30
     default_solver = "euler"
 
     @property

@@ -58,7 +58,6 @@ class BLIP3oNext(Family):
     condition_parts = ("language_model", "diffusion_connector")
     feature_parts = ()
     own_options = ("image_tokens",)
-    default_steps = 30
     default_solver = "euler"
 
     @property

@@ -93,6 +93,9 @@ class UniLIP(Family):
     ) -> MemoryEstimate:
         return unilip_estimate(self, config, counts, call)
 
+    def default_steps(self, config: UniLIPConfig) -> int:
+        return 20
+
     def draw(
         self,
         pipeline: PipelineParts,
