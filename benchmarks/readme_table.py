@@ -56,10 +56,9 @@ def speed(results: list[Result]) -> str:
     parts = [ops_part(ops)]
     if "sampling" in found:
         parts.append(sampling_part(found["sampling"]))
-    if "unilip" in found:
-        parts.append(unilip_part(found["unilip"]))
-    if "blip3o" in found:
-        parts.append(blip3o_part(found["blip3o"]))
+    whole = [part(found[kind]) for kind, part in WHOLE.items() if kind in found]
+    if whole:
+        parts.append(filled(" ".join(whole)) + "\n")
     parts.append(closing_part(ops, startup, on_gpu=any(on_gpu(r) for r in results)))
     return "\n".join(parts)
 
@@ -130,32 +129,34 @@ def unilip_part(unilip: Result) -> str:
     race = unilip["race"]
     ratios = {r["name"]: r["times_faster"] for r in race["rows"] if "times_faster" in r}
     exact, fast = (ratios[tier]["call"]["value"] for tier in ("faithful", "fast"))
-    text = (
+    return (
         f"{race['pictures']} pictures of one prompt, from text to pixels ({race['steps']} steps, "
         f"UniLIP-{unilip['size'].upper()} with {race['blocks']} blocks, random weights, `clipflow "
         f"bench unilip`), are drawn {exact:.1f} times as fast as by UniLIP's own loop on stock "
         f"transformers and diffusers in float32, {fast:.1f} times in int8."
     )
-    return filled(text) + "\n"
 
 
 def blip3o_part(blip3o: Result) -> str:
     """Sampling of CLIP features against the reference's loop."""
     one, four = ([ratio_of(blip3o, race, tier) for tier in TIERS] for race in ("one", "four"))
-    text = (
+    return (
         f"The CLIP features of a picture ({blip3o['steps']} steps, "
         f"BLIP3-o-{blip3o['size'].upper()} with {blip3o['blocks']} blocks, `clipflow bench "
         f"blip3o`): {one[0]:.1f} times as fast as by BLIP3-o's own loop, in int8 {one[1]:.1f} "
         f"times; of {blip3o['pictures']} pictures of a prompt {four[0]:.1f} and {four[1]:.1f} "
         "times."
     )
-    return filled(text) + "\n"
 
 
 def ratio_of(blip3o: Result, race: str, tier: str) -> float:
     """How many times faster than the reference `tier` was."""
     (row,) = (r for r in blip3o["rows"] if (r["race"], r["name"]) == (race, tier))
     return row["times_faster"]["value"]
+
+
+# Kind of a result -> a sentence about whole calls.
+WHOLE = {"unilip": unilip_part, "blip3o": blip3o_part}
 
 
 def blocks_of(sampling: Result, what: str, model: str) -> int:

@@ -162,7 +162,7 @@ def folder_estimate(
         prompt_tokens: of the longest prompt, its template included (about 15 tokens).
         edit: the call is `edit`, with a picture for each prompt.
         step_cache: how steps are skipped, if they are.
-        dtype: of the weights; the decoder is float32 always.
+        dtype: of the weights; DC-AE decoders are float32 always.
         tier: of sampling.
         device: where the model will run.
 

@@ -50,7 +50,11 @@ class PipelineParts:
         defaults: GenerationDefaults | None = None,
         tier: str = "faithful",
     ) -> None:
-        """Put a pipeline together from its parts; `from_pretrained` reads them from a folder."""
+        """Put a pipeline together from its parts; `from_pretrained` reads them from a folder.
+
+        Raises:
+            TypeError: `model` is of no family.
+        """
         check_tier(tier)
         self.family = family = family_of_model(model)
         self.model = model.eval()
@@ -84,7 +88,7 @@ class PipelineParts:
             name: "scenes" (embedded), a folder, or a hub name "owner/model".
             device: where to put it; the CPU when not given.
             dtype: of the weights; "auto" or None leaves them as they are stored, or in the dtype
-                that holds all where parts are stored in several. The decoder is float32 always.
+                that holds all where parts are stored in several. DC-AE decoders are float32 always.
             tier: of sampling where a call names none: "faithful", or "fast", which trades exactness
                 for speed (int8 on CPU, fp8 on GPUs that have it).
             offload: "always" or "never" use `enable_model_cpu_offload`, or "auto": where a picture
