@@ -284,11 +284,13 @@ def test_unknown_stage_is_named(tmp_path):
         run.stage_of(toy_recipe(stage="nonsense"))
 
 
-def test_train_scenes_chains_the_recipes(tmp_path, toy_stages, monkeypatch):
+@pytest.mark.parametrize("chain", run.CHAINS)
+def test_train_scenes_chains_the_recipes(chain, tmp_path, toy_stages, monkeypatch):
+    names = run.CHAINS[chain]
     folder = tmp_path / "recipes"
     folder.mkdir()
     earlier = "null"
-    for name in run.SCENES:
+    for name in names:
         text = YAML.replace("name: toy", f"name: {name}") + f"init: {earlier}\n"
         (folder / f"{name}.yaml").write_text(text)
         earlier = name
@@ -300,12 +302,18 @@ def test_train_scenes_chains_the_recipes(tmp_path, toy_stages, monkeypatch):
 
     monkeypatch.setattr("clipflow.training.recipe.PACKAGED", (folder,))
     monkeypatch.setattr(run, "_initial_model", initial_model)
-    final = run.train_scenes(tmp_path / "out", scale=0.5, progress=False)
-    assert final == tmp_path / "out/editing/final"
-    assert sources == [None, *run.SCENES[:-1]]
-    assert toy_stages == [0, 1, 2] * len(run.SCENES)
-    run.train_scenes(tmp_path / "out", scale=0.5, progress=False)
-    assert len(toy_stages) == 3 * len(run.SCENES)
+    final = run.train_scenes(tmp_path / "out", chain=chain, scale=0.5, progress=False)
+    assert final == tmp_path / "out" / names[-1] / "final"
+    assert sources == [None, *names[:-1]]
+    assert toy_stages == [0, 1, 2] * len(names)
+    run.train_scenes(tmp_path / "out", chain=chain, scale=0.5, progress=False)
+    assert len(toy_stages) == 3 * len(names)
+
+
+@pytest.mark.parametrize("chain", run.CHAINS)
+def test_packaged_recipes_start_from_the_one_before(chain):
+    recipes = [Recipe.load(find_recipe(name)) for name in run.CHAINS[chain]]
+    assert [recipe.init for recipe in recipes] == [None, *(r.name for r in recipes[:-1])]
 
 
 def test_a_metric_of_some_steps_is_a_mean_over_those(tmp_path):
