@@ -8,7 +8,7 @@ from PIL import Image
 
 from clipflow import CLIPFlowPipeline, FeatureDecoding
 from clipflow.cli.main import main as clipflow
-from clipflow.errors import InputError
+from clipflow.errors import InputError, NotEnoughMemory
 from clipflow.models.blip3o import BLIP3oModel
 from clipflow.models.blip3o.eva import EVAConfig
 from clipflow.testing import write_blip3o_folder
@@ -150,7 +150,7 @@ class TestReconstruction:
         two = pipe.reconstruct([PICTURE, PICTURE.rotate(90)], output_type="latent").images
         close(two[:1], one)
 
-    def test_goes_through_the_target_where_there_is_one(self, folder):
+    def test_goes_through_the_target_where_there_is_one(self, folder, monkeypatch):
         config = load(folder).model.config
         target = EVAConfig(
             image_size=64,
@@ -170,6 +170,9 @@ class TestReconstruction:
         found = pipe.reconstruct(PICTURE, output_type="latent").images
         close(found, pipe.reconstruct(square, output_type="latent").images)
         assert found.shape == (1, *model.latent_shape)
+        monkeypatch.setattr("clipflow.sampling.memory.available_bytes", lambda device: 1000)
+        with pytest.raises(NotEnoughMemory, match="seeing 2 pictures"):
+            pipe.reconstruct([PICTURE, PICTURE], output_type="latent")
 
     def test_has_one_resolution(self, pipe):
         with pytest.raises(InputError, match="resolution must not be given for BLIP3-o"):

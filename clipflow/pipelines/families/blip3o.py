@@ -16,6 +16,7 @@ from clipflow.models.blip3o.decoders import FOLDER as DECODER_FOLDER
 from clipflow.models.blip3o.decoders import describe_decoder, stored_tensors
 from clipflow.models.blip3o.keys import skipped_names
 from clipflow.models.blip3o.loading import folder_format
+from clipflow.models.blip3o.memory import eva_activations
 from clipflow.models.blip3o.qwen import materialize_rotary
 from clipflow.models.blip3o.sizes import PARTS
 from clipflow.models.folders.shapes import Shape
@@ -33,6 +34,7 @@ from clipflow.pipelines.qwen_pictures import QwenImageProcessor
 from clipflow.pipelines.readers import WholeReader
 from clipflow.pipelines.tokenizer_files import check_tokenizer
 from clipflow.sampling import FlowSchedule, euler_schedule
+from clipflow.sampling.memory import require_bytes
 
 if TYPE_CHECKING:
     from clipflow.pipelines.clipflow_pipeline import CLIPFlowPipeline
@@ -261,6 +263,8 @@ class BLIP3o(Family):
         )
         pixels = processor(images)
         pixels = torch.cat([pixels, torch.zeros_like(pixels[:1])])
+        needed = eva_activations(config.target, len(pixels), pipeline.dtype)
+        require_bytes(needed, pipeline.device, f"seeing {len(images)} pictures")
         with pipeline.offload.running(LANGUAGE):
             target = pipeline.model.clip_target
             features = target.target(pixels.to(pipeline.device, pipeline.dtype)).float()
