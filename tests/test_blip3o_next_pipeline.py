@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clipflow import CLIPFlowPipeline, FeatureDecoding, ImageTokenSampling
+from clipflow.cli.main import main as clipflow
 from clipflow.errors import InputError
 from clipflow.testing import write_blip3o_next_folder
 
@@ -124,3 +125,9 @@ def test_memory_is_estimated(folder):
     two = CLIPFlowPipeline.memory_estimate(folder, num_images=2)
     assert 0 < one.total_weights == two.total_weights and one.plan < two.plan
     assert one.conditions * 2 == two.conditions
+
+
+def test_the_command_hands_on_that_any_token_is_allowed(tmp_path, capsys):
+    target = str(tmp_path / "fox.png")
+    assert clipflow(["generate", "a fox", "-o", target, "--allow-any-token"]) == 2
+    assert "image_tokens must not be given for UniLIP" in capsys.readouterr().err

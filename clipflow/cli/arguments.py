@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from clipflow.pipelines import CLIPFlowPipeline, UniLIPTokenizer
-    from clipflow.pipelines.decoding import FeatureDecoding
+    from clipflow.pipelines.decoding import FeatureDecoding, ImageTokenSampling
     from clipflow.sampling import StepCache
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -100,6 +100,21 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     add_speed_options(group)
     add_decoding_options(parser)
+    group = parser.add_argument_group("image tokens, where the model draws them (BLIP3o-NEXT)")
+    group.add_argument(
+        "--allow-any-token",
+        action="store_true",
+        help="draw from the whole vocabulary, words too, as its authors' code does",
+    )
+
+
+def image_token_options(args: argparse.Namespace) -> ImageTokenSampling | None:
+    """What `--allow-any-token` means; None without it."""
+    if not args.allow_any_token:
+        return None
+    from clipflow.pipelines.decoding import ImageTokenSampling
+
+    return ImageTokenSampling(allow_any_token=True)
 
 
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
@@ -150,6 +165,7 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "solver": args.solver,
         "output_resolution": args.output_resolution,
         "decoding": decoding_options(args),
+        "image_tokens": image_token_options(args),
         **speed_options(args),
     }
 
