@@ -3,11 +3,19 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from live_bytes import most_bytes
+from live_bytes import LiveBytes, most_bytes
 from tiny_sdxl import SDXL_UNET, SDXL_VAE, UNET, VAE
 
+from clipflow.models.blip3o.config import VisionConfig
 from clipflow.models.blip3o.eva import EVAConfig, EVATower
-from clipflow.models.blip3o.memory import eva_activations, unet_activations, vae_activations
+from clipflow.models.blip3o.memory import (
+    eva_activations,
+    unet_activations,
+    vae_activations,
+    vision_activations,
+)
+from clipflow.models.blip3o.qwen import make_vision, patches_of
+from clipflow.models.blip3o.scenes import VISION
 
 # The depth inside a stage changes nothing.
 DEEP = {**SDXL_UNET, "transformer_layers_per_block": [1, 1, 1]}
@@ -32,6 +40,26 @@ def test_eva(config):
         tower(torch.empty(2, 3, size, size, dtype=torch.bfloat16))
 
     assert_close_above(eva_activations(config, 2, torch.bfloat16), most_bytes(run))
+
+
+NARROW = VisionConfig(
+    hidden_size=160, depth=2, num_heads=2, intermediate_size=428, patch_size=14,
+    temporal_patch_size=2, spatial_merge_size=2, window_size=112, fullatt_block_indexes=(1,),
+    image_size=112,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [VISION, NARROW], ids=["scenes", "an eighth of the published"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_vision(config, dtype):
+    tower = make_vision(config, 32).to(dtype)
+    size = config.image_size
+    with LiveBytes() as live:
+        pixels = torch.zeros(2, 3, size, size, dtype=dtype)
+        patches, grid_thw = patches_of(pixels, config)
+        tower(patches, grid_thw=grid_thw)
+    assert_close_above(vision_activations(config, 2, dtype), live.most)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from clipflow.models.blip3o import memory
 from clipflow.models.blip3o.config import BLIP3oConfig
 from clipflow.models.blip3o.feature_decoder import FeatureDecoder
-from clipflow.models.blip3o.memory import unet_activations, vae_activations
 from clipflow.models.blip3o.sdxl_decoder import SDXLDecoder
 from clipflow.models.blip3o.sdxl_folder import SDXLFolder
 from clipflow.models.blip3o_next.config import BLIP3oNextConfig
@@ -169,23 +169,24 @@ def blip3o_estimate(
     call: CallShape,
     decoder: SDXLDecoder | SDXLFolder | FeatureDecoder | None,
 ) -> MemoryEstimate:
-    """Memory of `call` for a BLIP3-o; the decoder's activations are those of its default options.
-
-    The vision tower's are not counted, as they depend on the pictures.
-    """
+    """Memory of `call` for a BLIP3-o; the decoder's is that of its default options."""
     nulls = 1 if call.guided else 0
     side = config.image_size // config.vision.feature_pixels
     positions = call.prompt_tokens + config.n_query + (side**2 if call.edit else 0)
     spec = call.spec(family, config, nulls, config.n_query)
     drawing = _drawing(_without_memory(LuminaTransformer, config.dit), call, spec)
     condition = config.n_query * config.text.hidden_size * call.dtype.itemsize
+    language = language_activations(config.text, call.prompts, positions, call.dtype)
+    if call.edit:
+        seeing = memory.vision_activations(config.vision, call.prompts, call.dtype)
+        language = max(language, seeing)
     return MemoryEstimate(
         weights=weight_bytes(family, counts, call.dtype),
         quantized_weights=drawing.quantized,
         decoder_kernels=0,
         conditions=(call.prompts + nulls) * condition,
         plan=drawing.plan,
-        language=language_activations(config.text, call.prompts, positions, call.dtype),
+        language=language,
         sampling=drawing.step,
         decode=_feature_decoding(call, decoder),
     )
@@ -203,8 +204,8 @@ def _feature_decoding(
     height, width = call.size.pixels or (decoder.unet.config.sample_size * upscale,) * 2
     size = (height // upscale, width // upscale)
     drawing = max(
-        unet_activations(decoder.unet.config, 2 * call.images, size, call.dtype),
-        vae_activations(decoder.vae.config, call.images, size, call.dtype),
+        memory.unet_activations(decoder.unet.config, 2 * call.images, size, call.dtype),
+        memory.vae_activations(decoder.vae.config, call.images, size, call.dtype),
     )
     return max(drawing, 4 * call.images * 3 * height * width * torch.float32.itemsize)
 

@@ -1,4 +1,4 @@
-"""Bytes of activations of BLIP3-o's CLIP tower and its SDXL decoder, from sizes; without gradients.
+"""Bytes of activations of BLIP3-o's towers and its SDXL decoder, from sizes; without gradients.
 
 Each is what lives at once where most does, within a few percent above; libraries' work space and
 weights come on top. Settings are those of the networks' `config`.
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from clipflow.models.blip3o.config import VisionConfig
 from clipflow.models.blip3o.eva import EVAConfig
 
 # Of an attention block of width C: its feed-forward part's gate, value and product, 4 C each with
@@ -19,6 +20,23 @@ from clipflow.models.blip3o.eva import EVAConfig
 _ATTENTIVE = 22
 # Of a residual block on one input: it, its norm, and the activation of that.
 _RESIDUAL = 3
+# Bytes at most of a patch's place in Qwen2.5-VL's windows and rotary tables.
+_PLACE = 32
+
+
+def vision_activations(config: VisionConfig, pictures: int, dtype: torch.dtype) -> int:
+    """Of Qwen2.5-VL's vision transformer on `pictures` of `image_size`.
+
+    Pixels, patches, and the larger of attention, whose queries and keys turn in float32, and the
+    feed-forward part's three wide tensors beside as many of the residual stream's width.
+    """
+    D, wide, P = config.hidden_size, config.intermediate_size, config.patch_size
+    angles = 2 * D // config.num_heads
+    attention = 3 * D * dtype.itemsize + (7 * D + angles) * torch.float32.itemsize
+    forward = 3 * (D + wide) * dtype.itemsize + angles * torch.float32.itemsize
+    patch = 3 * P**2 * (config.temporal_patch_size + 1) * dtype.itemsize
+    patches = pictures * (config.image_size // P) ** 2
+    return patches * (patch + max(attention, forward) + _PLACE)
 
 
 def eva_activations(config: EVAConfig, pictures: int, dtype: torch.dtype) -> int:
