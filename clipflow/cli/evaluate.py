@@ -40,7 +40,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--prompts-per-tag", type=at_least_one, default=100, metavar="N", help="default: 100"
     )
-    parser.add_argument("--steps", type=steps, default=20, help="solver steps (default: 20)")
+    parser.add_argument("--steps", type=steps, help="solver steps (default: the model's)")
     parser.add_argument("--guidance", type=guidance, help="default: the model's")
     parser.add_argument("--seed", type=seed, default=0, help="default: 0")
     add_speed_options(parser)

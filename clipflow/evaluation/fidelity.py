@@ -22,7 +22,7 @@ def fidelity(
     *,
     tier: str | None = None,
     step_cache: StepCache | None = None,
-    steps: int = 20,
+    steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int = 0,
     batch_size: int = 50,
@@ -35,7 +35,7 @@ def fidelity(
         prompts: texts; one picture is drawn of each.
         tier: of the pictures that are compared; the pipeline's own if None.
         step_cache: of the pictures that are compared.
-        steps: solver steps.
+        steps: solver steps; the model's default if None.
         guidance_scale: the model's default if None.
         seed: of the first picture; the next ones count up.
         batch_size: pictures drawn at once; a step cache skips for all of them together.

@@ -66,7 +66,7 @@ def evaluate(
     pipe: Pipeline,
     *,
     prompts_per_tag: int = 100,
-    steps: int = 20,
+    steps: int | None = None,
     guidance_scale: float | None = None,
     tier: str | None = None,
     step_cache: StepCache | None = None,
@@ -81,7 +81,7 @@ def evaluate(
         pipe: the pipeline. Its own progress bar is left as it is: switch it off beforehand.
         prompts_per_tag: prompts of each tag, edits of each kind, questions of each kind; twice
             as many pictures are classified and reconstructed.
-        steps: solver steps of generation and editing.
+        steps: solver steps of generation and editing; the model's default if None.
         guidance_scale: of generation and editing; the model's default if None.
         tier: of generation and editing; the pipeline's own if None.
         step_cache: of generation and editing.
@@ -104,7 +104,7 @@ def evaluate(
         ("steps", steps),
         ("batch_size", batch_size),
     ):
-        if value < 1:
+        if value is not None and value < 1:
             raise InputError(f"evaluate: {name} must be at least 1, got {value}")
     unknown = set(parts) - set(PARTS)
     if unknown or not parts:
