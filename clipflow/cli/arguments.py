@@ -56,7 +56,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --device, --dtype, --offload, --download."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", default="scenes", metavar="NAME", help="scenes (default), or a model folder"
+        "--model",
+        default="scenes",
+        metavar="NAME",
+        help="scenes (default), scenes-blip3o, or a model folder",
     )
     group.add_argument(
         "--device", default="auto", help="auto (default: a GPU if there is one), cpu, cuda, cuda:1"

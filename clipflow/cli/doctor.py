@@ -58,7 +58,7 @@ def collect() -> dict[str, object]:
         "extension": {"built": extension.LOADED, **extension.build_facts()},
         "backend_variable": os.environ.get("CLIPFLOW_BACKEND"),
         "ops": _backends(),
-        "scenes_model": _scenes_model(),
+        "models": _embedded_models(),
     }
 
 
@@ -108,16 +108,20 @@ def _backends() -> list[dict[str, object]]:
     return rows
 
 
-def _scenes_model() -> str:
+def _embedded_models() -> dict[str, str]:
+    """Name -> folder and size, or what is wrong."""
     from clipflow.errors import InputError
-    from clipflow.pipelines.model_folders import find_model
+    from clipflow.pipelines.model_folders import EMBEDDED, find_model
 
-    try:
-        folder = find_model("scenes")
-    except InputError as error:
-        return str(error)
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return f"{folder} ({size / 2**20:.1f} MiB)"
+    models = {}
+    for name in EMBEDDED:
+        try:
+            folder = find_model(name)
+            size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+            models[name] = f"{folder} ({size / 2**20:.1f} MiB)"
+        except InputError as error:
+            models[name] = str(error)
+    return models
 
 
 def format_facts(facts: dict) -> str:
@@ -135,7 +139,8 @@ def format_facts(facts: dict) -> str:
     for row in facts["ops"]:
         lines.append(f"  {row['op']} on {row['device']}: {row['uses'] or 'no backend runs it'}")
         lines += [f"    {name}: {why}" for name, why in row["refusals"].items() if why]
-    return "\n".join([*lines, "", "scenes model", f"  {facts['scenes_model']}"])
+    lines += ["", "embedded models"]
+    return "\n".join([*lines, *_lines(facts["models"])])
 
 
 def _lines(values: dict) -> list[str]:

@@ -24,7 +24,7 @@ def add_to(commands: argparse._SubParsersAction) -> None:
         "show a model's architecture, parameters and memory",
         "clipflow info scenes",
     )
-    parser.add_argument("model", metavar="MODEL", help="scenes, or a model folder")
+    parser.add_argument("model", metavar="MODEL", help="scenes, scenes-blip3o, or a model folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 

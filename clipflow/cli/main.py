@@ -34,7 +34,8 @@ DESCRIPTION = """\
 Draw, edit, question, classify and reconstruct pictures with one model.
 
 A small model, "scenes", is part of the package: everything below works on a CPU, at once.
-It knows a world of colored shapes. `--model FOLDER` takes another one."""
+It knows a world of colored shapes; so does `--model scenes-blip3o`. `--model FOLDER` takes
+another one."""
 
 EXAMPLES = """\
 start here:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clipflow.errors import InputError
 
-EMBEDDED = ("scenes",)
+EMBEDDED = ("scenes", "scenes-blip3o")
 
 
 def find_model(name: str | Path, *, local_files_only: bool = True) -> Path:

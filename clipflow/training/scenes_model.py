@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from torch import nn
@@ -12,6 +13,7 @@ from clipflow.models.folders.checkpoint import read_config
 from clipflow.models.unilip import UniLIPModel, scenes_model
 from clipflow.models.unilip.config import TokenIds
 from clipflow.pipelines import CLIPFlowPipeline
+from clipflow.pipelines.qwen_pictures import QwenImageProcessor
 from clipflow.scenes.tokenizer import PAD, make_blip3o_tokenizer, make_tokenizer
 
 TOKENIZERS = {UniLIPModel: make_tokenizer, BLIP3oModel: make_blip3o_tokenizer}
@@ -40,4 +42,14 @@ def load(folder: Path) -> nn.Module:
 def pipeline_of(model: nn.Module) -> CLIPFlowPipeline | None:
     """The model with the tokenizer of its family; None where it is of none."""
     make = TOKENIZERS.get(type(model))
-    return None if make is None else CLIPFlowPipeline(model, make())
+    if make is None:
+        return None
+    processor = scenes_pictures(model) if isinstance(model, BLIP3oModel) else None
+    return CLIPFlowPipeline(model, make(), image_processor=processor)
+
+
+def scenes_pictures(model: BLIP3oModel) -> QwenImageProcessor:
+    """Pictures of the area of a scene, of which alone the model has seen any."""
+    area = model.config.image_size**2
+    processor = QwenImageProcessor.from_config(model.config)
+    return dataclasses.replace(processor, min_pixels=area, max_pixels=area)

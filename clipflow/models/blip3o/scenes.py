@@ -83,7 +83,7 @@ def scenes_config(vocab_size: int, tokens: TokenIds) -> BLIP3oConfig:
         n_query=N_QUERY,
         latent_side=TARGET.target_side,
         flow_shift=1.0,
-        default_guidance_scale=1.5,
+        default_guidance_scale=2.0,
         default_steps=30,
         output_size=64,
         image_mean=CLIP_MEAN,
