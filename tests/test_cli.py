@@ -131,7 +131,10 @@ def test_eval_prints_a_table_and_writes_json(model, place, capsys):
     options = ["--prompts-per-tag", "1", "--steps", "1", "--json", "scores.json"]
     assert main(["eval", "scenes", *options, "--model", model]) == 0
     assert "color_attr" in capsys.readouterr().out
-    assert json.loads((place / "scores.json").read_text())["generation"]["position"]["count"] == 1
+    scores = json.loads((place / "scores.json").read_text())
+    assert scores["generation"]["position"]["count"] == 1
+    assert scores["settings"]["steps"] == 1
+    assert scores["settings"]["guidance_scale"] == 2.0  # what tiny_pipeline has by default
 
 
 def test_eval_fidelity(model, place, capsys):

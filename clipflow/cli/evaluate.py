@@ -55,9 +55,10 @@ def run(args: argparse.Namespace) -> int:
         check_writable(args.json)
     pipe = load_pipeline(args)  # slow, so after the check
     pipe.set_progress_bar_config(disable=True)
+    defaults = pipe.defaults  # named, so that the scores tell them
     options = {
-        "steps": args.steps,
-        "guidance_scale": args.guidance,
+        "steps": defaults.num_inference_steps if args.steps is None else args.steps,
+        "guidance_scale": defaults.guidance_scale if args.guidance is None else args.guidance,
         "seed": args.seed,
         "progress": sys.stderr.isatty(),
         **speed_options(args),
