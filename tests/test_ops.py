@@ -16,8 +16,8 @@ from clipflow.ops import all_ops
 from clipflow.registry import TRITON_INTERPRETED
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# In the inputs of a case: the float64 truth of more takes minutes. benchmarks/ops.py compares every
-# timed size with it before it times.
+# In the inputs of a case: the float64 truth of more takes up to half a minute. benchmarks/ops.py
+# compares every timed size with it before it times.
 MOST_NUMBERS = 2**23
 dtype_name = lambda d: str(d).removeprefix("torch.")  # noqa: E731
 
