@@ -34,7 +34,16 @@ SCENES = (
     "editing",
 )
 # Of the scenes BLIP3-o, which starts from the embedded UniLIP-scenes.
-SCENES_BLIP3O = ("target", "seeing", "placing", "reading", "rewriting", "drawing")
+SCENES_BLIP3O = (
+    "target",
+    "seeing",
+    "placing",
+    "reading",
+    "rewriting",
+    "drawing",
+    "relating",
+    "finishing",
+)
 CHAINS = {"scenes": SCENES, "scenes-blip3o": SCENES_BLIP3O}
 # What may change between two pieces of a run: how long and where it runs, not what it learns.
 _MAY_CHANGE = ("steps", "minutes", "checkpoint_every", "log_every", "compile")
