@@ -1,15 +1,10 @@
-"""Prints how far a call's peak memory is from its estimate; a process of its own, for test_memory.
+"""Prints how far a call's peak memory is from its estimate; run by test_memory."""
 
-Linux alone says what the peak was and lets it be set back.
-"""
-
-import ctypes
 import dataclasses
-import gc
 import json
-from pathlib import Path
 
 import torch
+from peak_memory import peak_of
 from tiny_pipeline import tiny_pipeline
 
 from clipflow.models.unilip import UniLIPModel
@@ -17,17 +12,6 @@ from clipflow.pipelines import CLIPFlowPipeline
 
 PROMPT = "a red circle"
 SIDE, IMAGES = 192, 4
-
-
-def resident(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
-def forget_the_peak():
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def middle_sized_pipeline():
@@ -51,12 +35,12 @@ def main():
     pipe(PROMPT, num_inference_steps=1)  # libraries and threads set themselves up
     pipe.plans.clear()
     pipe.condition_cache.clear()
+    call["num_images_per_prompt"] = IMAGES
     found = {}
     for output_type in ("latent", "pil"):
-        forget_the_peak()
-        before = resident("VmRSS")
-        pipe(PROMPT, num_images_per_prompt=IMAGES, output_type=output_type, **call)
-        found[output_type] = resident("VmHWM") - before
+        found[output_type] = peak_of(
+            lambda kind=output_type: pipe(PROMPT, output_type=kind, **call)
+        )[0]
         pipe.plans.clear()
     sampled = estimate.plan + max(estimate.language, estimate.sampling)
     print(

@@ -1,14 +1,11 @@
 """Memory: estimates equal what is held, what cannot fit is refused, offloading changes no bit."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from peak_memory import can_reset_its_peak, measured_by
 from tiny_pipeline import tiny_pipeline
 
 from clipflow import CLIPFlowPipeline
@@ -384,19 +381,7 @@ def test_a_running_part_keeps_the_pipeline_where_it_is(pipe, picture, monkeypatc
 # Truth
 
 
-def can_reset_its_peak():
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return "VmHWM" in Path("/proc/self/status").read_text()
-
-
 @pytest.mark.skipif(not can_reset_its_peak(), reason="the system tells no peak of a process")
 def test_a_call_takes_what_is_estimated():
-    script = Path(__file__).with_name("peak_of_a_call.py")
-    here = {**os.environ, "PYTHONPATH": str(script.parents[1])}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=here)
-    assert done.returncode == 0, done.stderr
-    ratios = json.loads(done.stdout)
+    ratios = measured_by("peak_of_a_call.py")
     assert 0.6 < ratios["sample"] < 1.3 and 0.6 < ratios["all"] < 1.3, ratios
